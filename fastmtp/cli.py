@@ -1,0 +1,78 @@
+"""What every command shares: one-line errors with exit code 2, and the `fastmtp` console command.
+
+A command module has `parser()` (an argparse parser built with `Parser`) and `main(argv=None)`;
+it ends with `if __name__ == "__main__": run(main)`. Bad input raises `InputError("what, where, what to do")`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import Callable, NoReturn, Sequence
+
+COMMANDS = {
+    "prepare_model": "MiMo-7B, a Llama/Qwen2 checkpoint or a GGUF file -> MiMo layout with an MTP head",
+    "distill": "the frozen model answers every prompt itself",
+    "curate": "clean, de-duplicate and split the answers; write ms-swift's training file",
+    "build_vocab": "token maps: the language's frequent tokens, for a cheaper draft",
+    "train": "fine-tune the head through `swift sft` on a recipe",
+    "export": "head + base -> one folder that SGLang and vLLM load as it is",
+    "acceptance": "accept length (tau) and per-position rates from one teacher-forced pass",
+    "decoding": "reference speculative decoder: plain against drafts on your prompts",
+    "report": "markdown table, loss curves and acceptance curves of a run",
+    "quickstart": "all of the above on a small real model",
+}
+
+
+class InputError(Exception):
+    """Wrong use or bad input. The message is one line: what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the example kept as written and errors on one line."""
+
+    def __init__(self, prog: str, description: str, example: str):
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog="example:\n  " + example.strip().replace("\n", "\n  "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command's `main`; exit 0 done, 2 bad input (one line on stderr), 1 anything else."""
+    name = getattr(main, "__module__", "fastmtp")
+    name = sys.modules["__main__"].__spec__.name if name == "__main__" and sys.modules["__main__"].__spec__ else name
+    try:
+        main()
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command continues where this one stopped", file=sys.stderr)
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`fastmtp COMMAND ...` is `python -m fastmtp.COMMAND ...`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fastmtp COMMAND [options]\n\ncommands (each has --help):")
+        for command, text in COMMANDS.items():
+            print(f"  {command:<14} {text}")
+        return
+    if argv[0] not in COMMANDS:
+        raise InputError(f"unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}")
+    importlib.import_module(f"fastmtp.{argv[0]}").main(argv[1:])
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    run(main)

@@ -1,0 +1,113 @@
+"""Reading what people hand us and writing what others rely on.
+
+Inputs: JSON lines, plain or gzipped; a broken line is named by file and number. Outputs: written under a
+temporary name and renamed, so that a file is either whole or absent, with a `run.json` beside it that says
+how it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Iterator
+
+from fastmtp.cli import InputError
+
+
+def existing(path: str | Path, what: str = "file") -> Path:
+    """`path` as a Path; raises InputError where nothing lies."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such {what}; check the path")
+    return path
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file; blank lines are passed over.
+
+    Raises InputError naming the file and the line for a missing file, text that is not JSON or not an object.
+    """
+    path = existing(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error.msg}); mend or remove this line") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}; mend this line")
+            yield number, row
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` (file or folder, the caller makes it); rename it there on success."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: str | Path, rows: Iterator[dict] | list[dict]) -> None:
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def provenance(config: dict, inputs: list[str | Path] = ()) -> dict:
+    """What made an output: resolved config, command, versions, git commit, hashes of the input files."""
+    versions = {"python": platform.python_version()}
+    for package in ("fastmtp", "torch", "transformers", "ms-swift", "sglang"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "config": config,
+        "inputs": {str(p): sha256(p) for p in map(Path, inputs) if p.is_file()},
+        "versions": versions,
+        "git_commit": git.stdout.strip() or None,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def write_provenance(output: str | Path, config: dict, inputs: list[str | Path] = ()) -> None:
+    """Write `run.json` into a folder output, or `NAME.run.json` beside a file output."""
+    output = Path(output)
+    target = output / "run.json" if output.is_dir() else output.with_name(output.stem + ".run.json")
+    write_json(target, provenance(config, inputs))
