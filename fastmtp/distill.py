@@ -20,21 +20,22 @@ from fastmtp.cli import InputError, Parser, run
 from fastmtp.decoding import Model, load, read_prompts
 
 
-def batches(model: Model, prompts: list[dict], size: int, longest: int) -> list[list[tuple[dict, list[int]]]]:
-    """(prompt row, prompt ids) in groups of `size`, short prompts first, so that little is padded.
+def turns(messages: list[dict]) -> list[list[dict]]:
+    """The messages to hand over before each answer; answers that the prompt file holds are left out, to be redone."""
+    parts: list[list[dict]] = [[]]
+    for message in messages:
+        if message["role"] == "assistant":
+            parts.append([])
+        else:
+            parts[-1].append(message)
+    return [part for part in parts if part]
 
-    Raises InputError for a prompt that leaves no room for `longest` new tokens in the model's context.
-    """
-    room = model.net.config.max_position_embeddings - longest
-    encoded = [(row, prompt_ids(model.tokenizer, row["messages"])) for row in prompts]
-    for row, ids in encoded:
-        if len(ids) > room:
-            raise InputError(
-                f"prompt '{row['id']}' has {len(ids)} tokens, the model's context leaves {room}; "
-                "shorten it or lower --max-new-tokens"
-            )
-    encoded.sort(key=lambda pair: len(pair[1]))
-    return [encoded[i : i + size] for i in range(0, len(encoded), size)]
+
+def batches(model: Model, prompts: list[dict], size: int) -> list[list[dict]]:
+    """Prompt rows in groups of `size`, short first prompts first, so that little is padded."""
+    lengths = {row["id"]: len(prompt_ids(model.tokenizer, turns(row["messages"])[0])) for row in prompts}
+    ordered = sorted(prompts, key=lambda row: lengths[row["id"]])
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 @torch.inference_mode()
@@ -50,18 +51,39 @@ def answer(model: Model, prompts: list[list[int]], config: GenerationConfig, see
     return [row[: next((i + 1 for i, t in enumerate(row) if t in model.eos_ids), len(row))] for row in out]
 
 
-def sample(model: Model, prompt: dict, ids: list[int], output: list[int]) -> dict:
-    """One line of the output (the contract in the README); the answer also joins `messages`, with its exact tokens."""
-    text = model.tokenizer.decode(output, skip_special_tokens=True)
-    return {
-        "id": prompt["id"],
-        "source": prompt.get("source", ""),
-        "lang": prompt.get("lang", ""),
-        "messages": [*prompt["messages"], {"role": "assistant", "content": text, "token_ids": output}],
-        "prompt_ids": ids,
-        "output_ids": output,
-        "finish": "stop" if output and output[-1] in model.eos_ids else "length",
-    }
+def answer_batch(model: Model, rows: list[dict], config: GenerationConfig, seed: int) -> list[dict]:
+    """Answer every turn of every row, in order; one output line a row (the contract in the README).
+
+    Raises InputError for a prompt that leaves no room for the longest answer in the model's context.
+    """
+    room = model.net.config.max_position_embeddings - config.max_new_tokens
+    parts = [turns(row["messages"]) for row in rows]
+    chats: list[list[dict]] = [[] for _ in rows]
+    samples: list[dict] = [{} for _ in rows]
+    for turn in range(max(map(len, parts))):
+        where = [i for i, part in enumerate(parts) if turn < len(part)]
+        for i in where:
+            chats[i] += parts[i][turn]
+        asked = [prompt_ids(model.tokenizer, chats[i]) for i in where]
+        for i, ids in zip(where, asked, strict=True):
+            if len(ids) > room:
+                raise InputError(
+                    f"prompt '{rows[i]['id']}' has {len(ids)} tokens, the model's context leaves {room}; "
+                    "shorten it or lower --max-new-tokens"
+                )
+        for i, ids, output in zip(where, asked, answer(model, asked, config, seed + turn), strict=True):
+            text = model.tokenizer.decode(output, skip_special_tokens=True)
+            chats[i].append({"role": "assistant", "content": text, "token_ids": output})
+            samples[i] = {
+                "id": rows[i]["id"],
+                "source": rows[i].get("source", ""),
+                "lang": rows[i].get("lang", ""),
+                "messages": chats[i],
+                "prompt_ids": ids,
+                "output_ids": output,
+                "finish": "stop" if output[-1] in model.eos_ids else "length",
+            }
+    return samples
 
 
 def distill(model: Model, prompts: list[dict], args) -> int:
@@ -81,15 +103,14 @@ def distill(model: Model, prompts: list[dict], args) -> int:
         files.growing(args.out, vars(args)) as (done, write),
         tqdm(total=len(prompts), initial=len(done), desc="distill", unit="prompt") as bar,
     ):
-        for number, batch in enumerate(batches(model, prompts, args.batch_size, args.max_new_tokens)):
-            if all(row["id"] in done for row, _ in batch):
+        for number, batch in enumerate(batches(model, prompts, args.batch_size)):
+            if all(row["id"] in done for row in batch):
                 continue
-            outputs = answer(model, [ids for _, ids in batch], config, args.seed + number)
-            for (row, ids), output in zip(batch, outputs, strict=True):
-                if row["id"] not in done:
-                    write(sample(model, row, ids, output))
+            for sample in answer_batch(model, batch, config, args.seed + 1000 * number):
+                if sample["id"] not in done:
+                    write(sample)
                     bar.update()
-                    total += len(output)
+                    total += sum(len(m.get("token_ids", ())) for m in sample["messages"])
             bar.set_postfix_str(f"{total / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
     return total
 
