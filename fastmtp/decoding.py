@@ -201,7 +201,8 @@ def generate(
             accepted, extra = accept_sampled(drafts, q, distribution(logits), generator)
         else:
             accepted, extra = accept_greedy(drafts, logits.argmax(-1).tolist())
-        cache.crop(last + accepted + 1)
+        if accepted < len(drafts):  # newer transformers count what to remove; older ones empty the cache at 0
+            cache.crop(accepted - len(drafts))
         new = [*drafts[:accepted], extra]
         stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         kept = new[: min(stop, goal - len(tokens))]
