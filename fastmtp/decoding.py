@@ -126,6 +126,8 @@ def accept_sampled(drafts: list[int], q: Tensor, p: Tensor, generator: torch.Gen
         u = torch.rand((), generator=generator, device=generator.device).item()
         if u * q[i, token].item() >= p[i, token].item():
             residual = (p[i] - q[i]).clamp(min=0)
+            if not residual.any():  # p and q equal but for rounding
+                residual = p[i]
             return i, int(torch.multinomial(residual, 1, generator=generator))
     return len(drafts), int(torch.multinomial(p[len(drafts)], 1, generator=generator))
 
