@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastmtp.decoding import Model
+from fastmtp.decoding import Model, generate
 from fastmtp.export import finish_folder
+from fastmtp.losses import IGNORE
 from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
 
 CHATML = (
@@ -85,3 +87,39 @@ def save_folder(
     tokenizer.save_pretrained(folder)
     finish_folder(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     return folder
+
+
+@dataclass
+class Useful:
+    """A tiny model whose head is worth using, prompts, and its own greedy answers to them."""
+
+    model: Model
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    token_map: torch.Tensor
+
+
+def useful_model() -> Useful:
+    """Train a head for a moment on its model's greedy answers; tau comes out near 2."""
+    net = tiny_model(7, spread=0.2, vocab_size=32, mtp_num_steps=3)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 32, (3 + n % 4,), generator=generator).tolist() for n in range(12)]
+    answers = [generate(wrap(net), prompt, 40, 0).ids for prompt in prompts]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        text = torch.tensor(prompt + answer)
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+        labels[row, len(prompt) : len(text)] = text[len(prompt) :]
+    head = net.head.requires_grad_(True)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimiser.zero_grad()
+        net(input_ids=ids, labels=labels, attention_mask=mask).loss.backward()
+        optimiser.step()
+    head.requires_grad_(False)
+    common = (
+        torch.tensor([t for answer in answers for t in answer]).bincount(minlength=32).topk(10).indices.sort().values
+    )
+    return Useful(wrap(net), prompts, answers, common)
