@@ -115,8 +115,7 @@ def measure(
 ) -> dict[tuple[str, str, str], Acceptance]:
     """{(source, lang, map name): Acceptance} over distilled samples (`prompt_ids`, `output_ids`); "full" is no map."""
     maps = {FULL: None} | (token_maps or {})
-    samples = [s for s in samples if len(s["output_ids"]) > 1]
-    samples.sort(key=lambda s: len(s["prompt_ids"]) + len(s["output_ids"]))
+    samples = sorted(samples, key=lambda s: len(s["prompt_ids"]) + len(s["output_ids"]))
     results: dict[tuple[str, str, str], Acceptance] = defaultdict(Acceptance)
     with tqdm(total=len(samples), desc="acceptance", unit="sample") as bar:
         while samples:
