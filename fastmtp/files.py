@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -36,21 +37,30 @@ def existing(path: str | Path, what: str = "file") -> Path:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file; blank lines are passed over.
 
-    Raises InputError naming the file and the line for a missing file, text that is not JSON or not an object.
+    Raises InputError naming the file and the line for a missing or unreadable file, a line that is not JSON,
+    not UTF-8 or not an object.
     """
     path = existing(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error.msg}); mend or remove this line") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}; mend this line")
-            yield number, row
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _json_object(line, f"{path}:{number}")
+    except (OSError, EOFError, zlib.error) as error:  # a folder, a false or torn gzip file, no permission
+        raise InputError(f"{path}: cannot be read ({error}); give a .jsonl or .jsonl.gz file") from None
+
+
+def _json_object(line: bytes, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}); mend or remove this line") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not UTF-8 text; mend or remove this line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}; mend this line")
+    return row
 
 
 @contextlib.contextmanager
