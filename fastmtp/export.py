@@ -89,8 +89,8 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
     Raises InputError for a missing folder, a checkpoint without head keys, or shapes that differ from the base's.
     """
     base, out = files.existing(base, "model folder"), Path(out)
-    if out.resolve() in (base.resolve(), Path(head).resolve()):
-        raise InputError(f"{out}: the output must be a new folder, not one of the inputs")
+    if any(Path(given).resolve().is_relative_to(out.resolve()) for given in (base, head)):
+        raise InputError(f"{out}: the output must be a new folder, not one of the inputs or around them")
     old, new = read_head(base), read_head(head)
     for name, tensor in new.items():
         if tensor.shape != old[name].shape:

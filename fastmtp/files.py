@@ -65,8 +65,13 @@ def _json_object(line: bytes, where: str) -> dict:
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` (file or folder, the caller makes it); rename it there on success."""
+    """Give a temporary path beside `path` (file or folder, the caller makes it); rename it there on success.
+
+    A folder already there is replaced only if it is empty or an output of ours (`run.json`); InputError otherwise.
+    """
     path = Path(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / "run.json").exists():
+        raise InputError(f"{path}: the folder holds other files and would be replaced; give a new one or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -154,6 +154,8 @@ def adopt(source: Path, out: Path) -> None:
 def prepare(name: str, out: str | Path, dtype: str = "auto") -> None:
     """Write `out` from `name` (see the module's text)."""
     source = locate(name)
+    if source.resolve().is_relative_to(Path(out).resolve()):
+        raise InputError(f"{out}: the output must be a new folder, not the source or around it")
     if source.is_dir():
         config = json.loads(files.existing(source / "config.json").read_text(encoding="utf-8"))
         if config.get("architectures") == ["MiMoForCausalLM"]:
