@@ -12,9 +12,9 @@ The head's keys of committed tokens always come from true backbone states (recur
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
