@@ -23,6 +23,7 @@ from fastmtp.cli import InputError, Parser, run
 
 PREFIX = "model.mtp_layers."
 HEAD_FILE = "mtp_head.safetensors"
+BACKBONE_FILE = "backbone.safetensors"  # transformers takes a file named model.safetensors for the whole model
 HEAD_TENSORS = frozenset(
     f"{PREFIX}0.{name}"
     for name in (
@@ -105,11 +106,12 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
         for path in weight_files(base):
             with safe_open(path, framework="pt") as tensors:
                 names = [name for name in tensors.keys() if not name.startswith(PREFIX)]
+                target = BACKBONE_FILE if path.name == "model.safetensors" else path.name
                 if len(names) == len(tensors.keys()):
-                    _link(path, folder / path.name)
+                    _link(path, folder / target)
                 elif names:
-                    save_file({n: tensors.get_tensor(n) for n in names}, folder / path.name, metadata={"format": "pt"})
-            index |= dict.fromkeys(names, path.name)
+                    save_file({n: tensors.get_tensor(n) for n in names}, folder / target, metadata={"format": "pt"})
+            index |= dict.fromkeys(names, target)
         save_file(new, folder / HEAD_FILE, metadata={"format": "pt"})
         index |= dict.fromkeys(sorted(new), HEAD_FILE)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
