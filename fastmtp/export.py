@@ -121,7 +121,7 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
         for path in base.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and path.name not in SKIP:
                 shutil.copyfile(path, folder / path.name)
-        finish_folder(folder, json.loads((base / "config.json").read_text(encoding="utf-8")))
+        finish_folder(folder, files.read_json(base / "config.json"))
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(Path(head))
         )

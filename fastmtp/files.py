@@ -55,12 +55,17 @@ def _json_object(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); mend or remove this line") from None
+        raise InputError(f"{where}: not JSON ({error.msg}); mend or remove it") from None
     except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8 text; mend or remove this line") from None
+        raise InputError(f"{where}: not UTF-8 text; mend or remove it") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}; mend this line")
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}; mend it")
     return row
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON file that holds one object. Raises InputError naming the file for anything else."""
+    return _json_object(existing(path).read_bytes(), str(path))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,7 +120,7 @@ def convert(source: Path, out: Path, dtype: str) -> None:
     with files.atomic(out) as folder:
         result.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        finish_folder(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        finish_folder(folder, files.read_json(folder / "config.json"))
         files.write_provenance(folder, {"model": source.name, "dtype": dtype}, [source])
 
 
@@ -139,7 +138,7 @@ def _mend_pre_tokenizer(tokenizer, source: Path) -> None:
 def adopt(source: Path, out: Path) -> None:
     """A released MiMo folder -> `out`: weights linked, key set checked, configuration made engine-ready."""
     read_head(source)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = files.read_json(source / "config.json")
     with files.atomic(out) as folder:
         folder.mkdir()
         for path in source.iterdir():
@@ -157,7 +156,7 @@ def prepare(name: str, out: str | Path, dtype: str = "auto") -> None:
     if source.resolve().is_relative_to(Path(out).resolve()):
         raise InputError(f"{out}: the output must be a new folder, not the source or around it")
     if source.is_dir():
-        config = json.loads(files.existing(source / "config.json").read_text(encoding="utf-8"))
+        config = files.read_json(source / "config.json")
         if config.get("architectures") == ["MiMoForCausalLM"]:
             return adopt(source, Path(out))
     convert(source, Path(out), dtype)
