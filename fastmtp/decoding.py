@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 from fastmtp import files
 from fastmtp.chat import prompt_ids as chat_prompt_ids
@@ -52,8 +53,10 @@ class Generation:
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Model:
     """Load a MiMo-layout folder, head included. Raises InputError for a missing folder or a missing head."""
     folder = files.existing(folder, "model folder")
-    files.existing(folder / "config.json")
-    config = MiMoConfig.from_pretrained(folder)
+    # the folder's type is qwen2, for engines; and our one line on an error is not to drown in the library's report
+    config = MiMoConfig.from_dict({**files.read_json(folder / "config.json"), "model_type": MiMoConfig.model_type})
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     net, info = MiMoForCausalLM.from_pretrained(
         folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True
     )
@@ -314,8 +317,9 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.num_steps < 1:
-        raise InputError(f"--num-steps must be at least 1, not {args.num_steps}")
+    for flag in ("num_steps", "max_new_tokens"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
     prompts = read_prompts(args.prompts, args.split, args.limit)
     model = load(args.model, args.dtype, args.device)
     token_map = load_token_map(args.token_map, model.net.vocab_size) if args.token_map else None
