@@ -89,13 +89,18 @@ def to_mimo(source) -> MiMoForCausalLM:
 
 
 def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMoConfig) -> None:
-    """Fresh head: the last decoder layer and the final norm, fed with the mean of both normalised streams."""
+    """Fresh head: the last decoder layer, fed with the mean of both normalised streams.
+
+    Its output projections are damped and its final norm is one: at full size the copied layer is sure of the wrong
+    token (the one it sees), and unlearning that takes longer than learning.
+    """
     last = f"model.layers.{config.num_hidden_layers - 1}."
     state = {name[len(last) :]: tensor for name, tensor in tensors.items() if name.startswith(last)}
-    width = config.hidden_size
-    state["final_layernorm.weight"] = tensors["model.norm.weight"]
-    state["token_layernorm.weight"] = state["hidden_layernorm.weight"] = torch.ones(width)
-    state["input_proj.weight"] = torch.eye(width).repeat(1, 2) * 0.5
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        state[name] = state[name] * 0.1
+    ones = torch.ones(config.hidden_size)
+    state |= {f"{norm}_layernorm.weight": ones for norm in ("token", "hidden", "final")}
+    state["input_proj.weight"] = torch.eye(config.hidden_size).repeat(1, 2) * 0.5
     head.load_state_dict(state, strict=True)
 
 
