@@ -10,6 +10,7 @@ mtp_attention). Overrides are flags of the same names, the head's settings too. 
 from __future__ import annotations
 
 import difflib
+import logging
 import subprocess
 import sys
 import tempfile
@@ -113,12 +114,17 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, overrides = parser().parse_known_args(argv)
-    recipe = apply_overrides(read_recipe(args.recipe), overrides)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # not parse_known_args: it takes the value of the first override for a recipe that was left out
+    count = 1 if words and not words[0].startswith("--") else 0
+    args = parser().parse_args(["--help"] if "--help" in words else words[:count])
+    recipe = apply_overrides(read_recipe(args.recipe), words[count:])
+    logging.disable(logging.INFO)  # ms-swift logs a line when it is imported
     try:
         from fastmtp.swift_plugin import swift_keys
     except ImportError as error:
         raise InputError(f"ms-swift cannot be imported ({error}); run: pip install 'fastmtp[train]'") from None
+    logging.disable(logging.NOTSET)
     check(recipe, swift_keys(), args.recipe)
     train(recipe)
 
