@@ -59,8 +59,7 @@ class MTPTemplate(Template):
         return {"input_ids": ids, "labels": labels, "loss_scale": None}
 
     def compute_sft_loss(self, model, inputs, num_items_in_batch=None, trainer=None):
-        if trainer.state.global_step == 0:
-            check_trainable(trainer.accelerator.unwrap_model(model))
+        check_trainable(trainer.accelerator.unwrap_model(model))  # every time: a resumed run has no step 0
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         metrics = trainer.custom_metrics["train" if trainer.model.training else "eval"]
         for step, losses in enumerate(outputs.step_losses, 1):
