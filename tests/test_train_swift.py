@@ -5,6 +5,7 @@ Each call costs a start of ms-swift (ten seconds or more on two cores), so the m
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,9 @@ def test_resume_is_bit_equal(work, whole):
 
 def test_two_processes_are_one(work, whole):
     """Same batches split over two gloo processes, so other counts of targets on each: same head, up to rounding."""
-    environment = {"NPROC_PER_NODE": "2", "MASTER_PORT": "29517"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        environment = {"NPROC_PER_NODE": "2", "MASTER_PORT": str(probe.getsockname()[1])}
     succeeded(sft(work, "two", environment, **FLOAT32, per_device_train_batch_size=2, ddp_backend="gloo"))
     base = weights(work / "model")
     wanted, found = weights(whole / f"checkpoint-{STEPS}"), weights(work / "two" / f"checkpoint-{STEPS}")
