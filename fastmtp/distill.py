@@ -7,9 +7,9 @@ In-process batched generation. Token ids are kept exactly; a killed run continue
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -45,17 +45,13 @@ def turns(messages: list[dict]) -> list[list[dict]]:
 
 
 def batches(model: Model, prompts: list[dict], size: int) -> list[list[dict]]:
-    """Prompt rows in groups of at most `size`, short first prompts first, so that little is padded.
-
-    On a GPU each group has one prompt length: without padding there is no mask, and attention without a mask runs in
-    the flash kernel, which gains more than full batches do.
-    """
+    """Prompt rows in groups of `size` of like length, so that little is padded; the groups in random order, so that
+    the estimate of the time left is fair and a run cut short is a fair sample."""
     lengths = {row["id"]: len(prompt_ids(model.tokenizer, turns(row["messages"])[0])) for row in prompts}
     ordered = sorted(prompts, key=lambda row: lengths[row["id"]])
-    groups = [ordered]
-    if model.net.device.type == "cuda":
-        groups = [list(group) for _, group in groupby(ordered, key=lambda row: lengths[row["id"]])]
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    random.Random(0).shuffle(groups)
+    return groups
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
