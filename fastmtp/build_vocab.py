@@ -300,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "command": command,
         }
         save_token_map(out / f"{name}.pt", torch.from_numpy(ids), about)
-    plot(out / "coverage.png", rankings, held_out, sizes)
+    if any(tokens.sum() for tokens in held_out.values()):
+        plot(out / "coverage.png", rankings, held_out, sizes)
     files.write_provenance(out, vars(args), [*paths, *args.compare])
     counted = ", ".join(f"{lang} {t[COUNTED].sum() + t[HELD_OUT].sum()}" for lang, t in counts.tables.items())
     print(f"{counts.rows} rows, {counts.tokens} tokens: {counted}")
