@@ -70,6 +70,7 @@ class Counter:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.size = max(tokenizer.get_vocab().values()) + 1
+        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # a slow property: read once
         self.column, self.lang, self.skip_bad = column, lang, skip_bad
         self.held_out, self.key = held_out, str(seed).encode()
 
@@ -157,8 +158,8 @@ class Counter:
             side = HELD_OUT if int.from_bytes(digest.digest(), "little") < self.held_out * 2**64 else COUNTED
             for answer in turns:
                 groups[lang, side].append(answer.ids if answer.ids is not None else next(encoded))
-                if answer.closed and self.tokenizer.eos_token_id is not None:
-                    groups[lang, side].append([self.tokenizer.eos_token_id])
+                if answer.closed:
+                    groups[lang, side].append(self.end)
         for (lang, side), lists in groups.items():
             ids = np.fromiter(chain.from_iterable(lists), dtype=np.int64)
             table = counts.tables.setdefault(lang, np.zeros((2, self.size), dtype=np.int64))
