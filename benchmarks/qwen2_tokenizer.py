@@ -24,6 +24,7 @@ ADDED = (
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
 ).split()
+SPECIAL = 14  # the first so many are special; the others are ordinary text to `skip_special_tokens`
 RANKS = 151643
 
 
@@ -49,7 +50,7 @@ def build(ranks: Path):
     # The class gives ids to added tokens in its own order, unless the vocabulary has them already.
     vocab |= {token: RANKS + i for i, token in enumerate(ADDED)}
     tokenizer = Qwen2Tokenizer(vocab, merges, unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=token[1] == "|") for token in ADDED])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=i < SPECIAL) for i, token in enumerate(ADDED)])
     return tokenizer
 
 

@@ -26,7 +26,7 @@ from fastmtp import corpus, files
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.lang import LANGUAGES
 from fastmtp.token_counts import COUNTED, HELD_OUT, Counter, Counts
-from fastmtp.token_map import load_token_map, map_name, parse_size, save_token_map
+from fastmtp.token_map import load_token_map, map_name, parse_size, save_token_map, size_name
 
 UNION = "union"
 LEAST_SHARE = 0.01  # of the corpus: `auto` makes no map for a language that has less
@@ -68,7 +68,7 @@ def forced_ids(tokenizer, name: str) -> np.ndarray:
         "byte_fallback"
     ):
         forced.update(vocab[token] for token in single if token in vocab)
-    return np.array(sorted(forced), dtype=np.int64)
+    return np.array(sorted(forced & set(vocab.values())), dtype=np.int64)
 
 
 def fingerprint(tokenizer) -> str:
@@ -164,7 +164,7 @@ def plot(path: Path, rankings: dict[str, np.ndarray], held_out: dict[str, np.nda
                 axes.plot(np.arange(1, len(covered) + 1), covered, styles[name], color=f"C{colour}", label=label)
     for size in sizes:
         axes.axvline(size, color="0.8", linewidth=0.8, zorder=0)
-        axes.text(size, 0.01, map_name("", size)[1:], rotation=90, fontsize=7, color="0.4", ha="right")
+        axes.text(size, 0.01, size_name(size), rotation=90, fontsize=7, color="0.4", ha="right")
     axes.set(
         xscale="log", ylim=(0, 1.01), xlabel="rank of the token in the counted text", ylabel="share of held-out tokens"
     )
