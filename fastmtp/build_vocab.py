@@ -191,7 +191,7 @@ def gather(args, tokenizer, paths: list[Path], wanted: list[str]) -> Counts:
     else:
         chunks, total = corpus.file_chunks(paths, args.column), sum(path.stat().st_size for path in paths)
     try:
-        counter.count(chunks, counts, state, total)
+        counter.count(chunks, counts, args.workers, state, total)
     except KeyboardInterrupt:
         print("python -m fastmtp.build_vocab: interrupted; the same command with --resume continues", file=sys.stderr)
         raise SystemExit(1) from None
@@ -239,7 +239,7 @@ def parser() -> Parser:
     )
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a broken row (default stop)")
     p.add_argument("--resume", action="store_true", help="continue a count that was interrupted")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="threads of the tokenizer (default: all cores)")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes to count with (default: all cores)")
     p.add_argument("--seed", type=int, default=0, help="chooses the held-out rows")
     return p
 
@@ -259,8 +259,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--held-out {args.held_out}: expected a share from 0 up to, not including, 1")
     if args.workers < 1:
         raise InputError(f"--workers {args.workers}: expected at least 1")
-    # Read once, by the tokenizer's thread pool when it starts.
-    os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(args.workers), "true"
     paths = corpus.expand(args.input or [])
     tokenizer = load_tokenizer(args.tokenizer)
     vocab = np.array(sorted(set(tokenizer.get_vocab().values())), dtype=np.int64)

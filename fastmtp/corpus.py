@@ -1,4 +1,4 @@
-"""Text to count tokens on, from files or a Hub data set, in chunks of about two megabytes, whatever the corpus's size.
+"""Text to count tokens on, from files or a Hub data set, in chunks of half a megabyte, whatever the corpus's size.
 
 A row is one of: a distilled sample or training row (exact token ids, used as they are), a chat (`messages`: the
 assistant's turns), a row with a text column (its answer or text), or a paragraph of a .txt file.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from fastmtp.cli import InputError
 
-CHUNK = 2_000_000  # bytes of text: enough rows to keep every core busy, little enough to hold a few chunks
+CHUNK = 500_000  # bytes of text: enough to make up for its way to a worker, little enough to hold two a worker
 PARAGRAPH = 100_000  # longest run of .txt lines taken as one sample
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
 

@@ -1,21 +1,27 @@
 """How often each token occurs in a corpus, per language, with a held-out slice counted apart.
 
-One process: the tokenizer's own threads use all cores on a chunk while Python reads the next one and adds up the one
-before. What is kept is one table of V counts a language, so memory does not grow with the corpus, and sums do not
-depend on the number of threads. The tables are saved as they grow; `Counts.load` brings them back.
+Worker processes read, tokenise and count a chunk each; what they send back is a few thousand counts, which are summed in
+one table of V counts a language. So memory does not grow with the corpus, and sums do not depend on the number of
+workers. The tables are saved as they grow; `Counts.load` brings them back.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +33,15 @@ from fastmtp.lang import detect
 
 SAVE_EVERY = 15.0  # seconds of work that a killed count may lose
 COUNTED, HELD_OUT = 0, 1  # rows of a table
+
+
+class Found(NamedTuple):
+    """One chunk's counts: (language, COUNTED or HELD_OUT, ids that occur, how often), and what else there was."""
+
+    tallies: list[tuple[str, int, np.ndarray, np.ndarray]]
+    rows: int
+    text_bytes: int
+    bad: list[str]
 
 
 @dataclass
@@ -50,6 +65,16 @@ class Counts:
         with files.atomic(path) as temporary, open(temporary, "wb") as out:
             np.savez(out, head=np.array(json.dumps(head)), **self.tables)
 
+    def add(self, found: Found) -> None:
+        for lang, side, ids, occurrences in found.tallies:
+            table = self.tables.setdefault(lang, np.zeros((2, self.size), dtype=np.int64))
+            table[side, ids] += occurrences
+        self.chunks += 1
+        self.rows += found.rows
+        self.text_bytes += found.text_bytes
+        self.bad += len(found.bad)
+        self.first_bad = self.first_bad or "".join(found.bad[:1])
+
     @classmethod
     def load(cls, path: Path) -> Counts:
         with np.load(path, allow_pickle=False) as saved:
@@ -65,6 +90,7 @@ class Counter:
     """
 
     def __init__(self, tokenizer, column: str | None, lang: str | None, held_out: float, seed: int, skip_bad: bool):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores out, each has one
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
@@ -75,26 +101,24 @@ class Counter:
         self.held_out, self.key = held_out, str(seed).encode()
 
     def count(
-        self, chunks: Iterable[Chunk], counts: Counts, state: Path | None = None, total: int | None = None
+        self,
+        chunks: Iterable[Chunk],
+        counts: Counts,
+        workers: int = 1,
+        state: Path | None = None,
+        total: int | None = None,
     ) -> None:
         """Add the chunks to `counts`, passing over the `counts.chunks` that it already holds.
 
         `state` is where the tables are saved now and then, `total` the corpus's bytes on disk for the progress bar.
         Raises InputError for ids that are not the tokenizer's, and for a broken row unless these are skipped.
         """
-        saved, before = time.monotonic(), counts.tokens
-        with (
-            tqdm(total=total, desc="count", unit="B", unit_scale=True, disable=None) as bar,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            chunks = iter(chunks)
+        saved, before, chunks = time.monotonic(), counts.tokens, iter(chunks)
+        with tqdm(total=total, desc="count", unit="B", unit_scale=True, disable=None) as bar:
             for chunk in islice(chunks, counts.chunks):
                 bar.update(chunk.position)
-            for chunk, rows, bad, encoded in self._pipeline(chunks, pool):
-                self._add(counts, rows, (encoding.ids for encoding in encoded.result()))
-                counts.chunks += 1
-                counts.bad += len(bad)
-                counts.first_bad = counts.first_bad or (bad[0] if bad else "")
+            for chunk, found in self._parallel(chunks, workers) if workers > 1 else self._serial(chunks):
+                counts.add(found)
                 bar.update(chunk.position)
                 rate = (counts.tokens - before) / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s")
@@ -102,18 +126,59 @@ class Counter:
                     counts.save(state)
                     saved = time.monotonic()
 
-    def _pipeline(self, chunks: Iterator[Chunk], pool: ThreadPoolExecutor) -> Iterator[tuple]:
-        """(chunk, rows, complaints, future encodings), one chunk behind the reading, so that both go on at once."""
-        waiting = None
+    def _serial(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Found]]:
         for chunk in chunks:
-            rows, bad = self._read(chunk)
-            texts = [answer.text for _, turns in rows for answer in turns if answer.ids is None]
-            encoded: Future = pool.submit(self.backend.encode_batch_fast, texts, add_special_tokens=False)
-            if waiting:
-                yield waiting
-            waiting = (chunk, rows, bad, encoded)
-        if waiting:
-            yield waiting
+            yield chunk, self.tally(chunk)
+
+    def _parallel(self, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, Found]]:
+        """In order, with at most two chunks a worker under way: an executor's own `map` would read the whole corpus."""
+        # Forked workers share the tokenizer's memory instead of loading their own.
+        gc.collect()
+        gc.freeze()  # else every collection in a worker copies the pages it looks at
+        context = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(self, os.getpid()))
+        waiting: deque = deque()
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_tally, chunk)))
+                if len(waiting) >= 2 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            gc.unfreeze()
+
+    def tally(self, chunk: Chunk) -> Found:
+        """Count one chunk. Raises InputError as `count` does."""
+        rows, bad = self._read(chunk)
+        texts = [answer.text for _, turns in rows for answer in turns if answer.ids is None]
+        encoded = (encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        groups: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
+        for _, turns in rows:
+            key = self._key(turns)
+            for answer in turns:
+                groups[key].append(answer.ids if answer.ids is not None else next(encoded))
+                if answer.closed:
+                    groups[key].append(self.end)
+        tallies = []
+        for (lang, side), lists in groups.items():
+            occurrences = np.bincount(np.fromiter(chain.from_iterable(lists), dtype=np.int64))
+            ids = np.flatnonzero(occurrences)
+            tallies.append((lang, side, ids, occurrences[ids]))
+        return Found(tallies, len(rows), sum(len(text.encode()) for text in texts), bad)
+
+    def _key(self, turns: list[Answer]) -> tuple[str, int]:
+        """The language of a row and the side it falls on."""
+        digest = hashlib.blake2b(key=self.key, digest_size=8)
+        words = []
+        for answer in turns:
+            digest.update((json.dumps(answer.ids) if answer.ids is not None else answer.text).encode())
+            if not self.lang:
+                words.append(answer.text if answer.text is not None else self.tokenizer.decode(answer.ids))
+        side = HELD_OUT if int.from_bytes(digest.digest(), "little") < self.held_out * 2**64 else COUNTED
+        return self.lang or detect("\n".join(words)), side
 
     def _read(self, chunk: Chunk) -> tuple[list[tuple[Row, list[Answer]]], list[str]]:
         rows, bad = [], []
@@ -143,25 +208,23 @@ class Counter:
                     "pass the --tokenizer of the model that answered"
                 )
 
-    def _add(self, counts: Counts, rows: list[tuple[Row, list[Answer]]], encoded: Iterator[list[int]]) -> None:
-        groups: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
-        for _, turns in rows:
-            digest = hashlib.blake2b(key=self.key, digest_size=8)
-            words = []
-            for answer in turns:
-                content = json.dumps(answer.ids) if answer.ids is not None else answer.text
-                digest.update(content.encode())
-                counts.text_bytes += len(content.encode()) if answer.ids is None else 0
-                if not self.lang:
-                    words.append(answer.text if answer.text is not None else self.tokenizer.decode(answer.ids))
-            lang = self.lang or detect("\n".join(words))
-            side = HELD_OUT if int.from_bytes(digest.digest(), "little") < self.held_out * 2**64 else COUNTED
-            for answer in turns:
-                groups[lang, side].append(answer.ids if answer.ids is not None else next(encoded))
-                if answer.closed:
-                    groups[lang, side].append(self.end)
-        for (lang, side), lists in groups.items():
-            ids = np.fromiter(chain.from_iterable(lists), dtype=np.int64)
-            table = counts.tables.setdefault(lang, np.zeros((2, self.size), dtype=np.int64))
-            table[side] += np.bincount(ids, minlength=self.size)
-        counts.rows += len(rows)
+
+_counter: Counter  # a worker's own, from its parent's memory
+
+
+def _start_worker(counter: Counter, parent: int) -> None:
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it, and ends the workers
+
+    def watch() -> None:
+        # A killed parent cannot end its workers, and they would wait for work forever.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _tally(chunk: Chunk) -> Found:
+    return _counter.tally(chunk)

@@ -317,7 +317,6 @@ def command(folder: str, *args, out: Path, **kwargs) -> subprocess.Popen:
 
 
 def test_one_and_two_workers_give_the_same_files(folder, mixed, tmp_path):
-    """In processes of their own: the tokenizer's thread pool is made once a process."""
     options = ("--input", mixed, "--column", "response", "--lang", "auto")
     both = [command(folder, *options, "--workers", n, out=tmp_path / str(n)) for n in (1, 2)]
     for process in both:
@@ -333,7 +332,7 @@ def interrupt(folder: str, monkeypatch, *options, out: Path) -> None:
     """Run the command, stopped by a keyboard interrupt at its sixth chunk."""
     monkeypatch.setattr(corpus, "CHUNK", 1000)
     monkeypatch.setattr(token_counts, "SAVE_EVERY", 0.0)
-    add, calls = Counter._add, []
+    add, calls = Counts.add, []
 
     def stop_at_sixth(self, *args):
         if len(calls) == 5:
@@ -342,10 +341,18 @@ def interrupt(folder: str, monkeypatch, *options, out: Path) -> None:
         add(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Counter, "_add", stop_at_sixth)
+        patch.setattr(Counts, "add", stop_at_sixth)
         with pytest.raises(SystemExit) as stopped:
             run(folder, *options, out=out)
     assert stopped.value.code == 1 and len(leftovers(out)) == 1
+
+
+def test_a_worker_s_complaint_arrives_whole(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK", 100)
+    path = write(tmp_path / "x.jsonl", [{"text": t} for t in ENGLISH * 20] + ["{broken"])
+    with pytest.raises(InputError, match=r"x\.jsonl:61: not JSON .*--on-error skip"):
+        run(folder, "--input", path, "--workers", "2", out=tmp_path / "o")
+    assert not leftovers(tmp_path / "o")
 
 
 def test_resume_gives_what_an_uninterrupted_count_gives(folder, mixed, tmp_path, monkeypatch, capsys):
