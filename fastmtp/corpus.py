@@ -65,8 +65,10 @@ def file_chunks(paths: list[Path], column: str | None) -> Iterator[Chunk]:
 
 def dataset_chunks(name: str, split: str, column: str | None) -> Iterator[Chunk]:
     """Chunks of a Hub data set (or a local folder that `datasets` reads), streamed; InputError where it cannot be had."""
-    import datasets  # heavy, and only this source needs it
-
+    try:
+        import datasets  # heavy, and only this source needs it
+    except ImportError:
+        raise InputError("--dataset needs the datasets package; pip install datasets") from None
     try:
         rows = datasets.load_dataset(name, split=split, streaming=True)
         yield from _by_size(Row(f"{name}[{split}]:{i}", row) for i, row in enumerate(rows))
@@ -88,9 +90,9 @@ def answers(row: Row, column: str | None) -> list[Answer]:
             raise InputError(f"{row.where}: not JSON ({reason}); mend or remove this line") from None
         if not isinstance(content, dict):
             raise InputError(f"{row.where}: expected a JSON object, found {type(content).__name__}; mend this line")
+    if column in (None, "output_ids") and _is_ids(content.get("output_ids")):
+        return _distilled(row, content)
     if column is None:
-        if _is_ids(content.get("output_ids")):
-            return _distilled(row, content)
         column = next((name for name in ("messages", "text") if content.get(name) is not None), None)
         if column is None:
             names = ", ".join(map(str, content))
@@ -184,9 +186,11 @@ def _paragraphs(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Chunk]:
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: parquet needs the pyarrow package; pip install pyarrow") from None
     try:
         table = pyarrow.parquet.ParquetFile(path)
         columns = [

@@ -399,6 +399,11 @@ def test_a_count_is_continued_only_when_asked_and_by_the_same_rules(
         ([{"output_ids": [5, 381]}], (), r"x\.jsonl:1: token id 381 is not the tokenizer's"),
         ([{"output_ids": [-1]}], ("--on-error", "skip"), r"x\.jsonl:1: token id -1 is not the tokenizer's"),
         ([{"output_ids": [5], "messages": [{"role": "assistant", "content": "no"}]}], (), "do not spell the text"),
+        (
+            [{"output_ids": [5], "messages": [{"role": "assistant", "content": "no"}]}],
+            ("--column", "output_ids"),
+            "do not spell the text",
+        ),
         ([{"text": "a"}], ("--lang", "zh,en"), "no text in 'zh'"),
         ([{"text": "a"}], ("--lang", "en,fr"), "'fr' cannot be told"),
         ([{"text": "a"}], ("--lang", "e n"), "lang 'e n'"),
