@@ -148,9 +148,12 @@ def provenance(config: dict, inputs: list[str | Path] = ()) -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     here = Path(__file__).resolve().parent
+    # `-m fastmtp.x` runs anywhere; the file's path would only tell whose machine this was.
+    program = Path(sys.argv[0]).resolve()
+    start = ["-m", f"{here.name}.{program.stem}"] if program.parent == here else [sys.argv[0]]
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *start, *sys.argv[1:]]),
         "config": config,
         "inputs": {str(p): sha256(p) for p in map(Path, inputs) if p.is_file()},
         "versions": versions,

@@ -26,9 +26,14 @@ def parse_size(text: str) -> int:
     return int(digits) * factor
 
 
+def size_name(size: int) -> str:
+    """32768 -> '32k'; sizes that are no multiple of 1024 are written out: '5000'."""
+    return f"{size // 1024}k" if size % 1024 == 0 else str(size)
+
+
 def map_name(lang: str, size: int) -> str:
-    """('en', 32768) -> 'en_32k'; sizes that are no multiple of 1024 are written out: 'en_5000'."""
-    return f"{lang}_{size // 1024}k" if size % 1024 == 0 else f"{lang}_{size}"
+    """('en', 32768) -> 'en_32k'."""
+    return f"{lang}_{size_name(size)}"
 
 
 def load_token_map(path: str | Path, vocab_size: int) -> torch.LongTensor:
