@@ -2,7 +2,8 @@
 
 A draft head that learns from loops proposes loops, and small or sampled models do loop. Every rule looks at one
 sample alone and gives its name as the reason, which `curate` counts and shows. The rules are plain and their
-thresholds are in the recipe; the defaults were set so that fewer than 1 in 500 human-written answers are dropped.
+thresholds are in the recipe; with the defaults they drop about 1 in 600 reference answers of Alpaca, GSM8K and
+code instructions, most of those Chinese prompts answered with code.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ REASONS = {
 class CleanConfig:
     """Thresholds of the rules; the recipe's `clean:` section."""
 
+    drop_truncated: bool = True  # answers cut at the token limit; kept ones get an end of turn they never had
     min_tokens: int = 2  # tokens of all answers together, end of turn included
     max_tokens: int = 16384
     max_total_tokens: int = 32768  # prompt and answers: what the trainer has to fit
@@ -60,7 +62,7 @@ def verdict(answers: list[str], finish: str, lang: str, tokens: int, total: int,
     """
     if any(not visible(answer) for answer in answers):
         return "unfinished_think" if any(unfinished_think(answer) for answer in answers) else "empty"
-    if finish == "length":
+    if finish == "length" and config.drop_truncated:
         return "truncated"
     if any(unfinished_think(answer) for answer in answers):
         return "unfinished_think"
