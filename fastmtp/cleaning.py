@@ -20,7 +20,9 @@ from fastmtp.lang import detect_language
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
 CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 # Lines with a sign of code or formulas; answers in code are English by script whatever language they were asked in.
-CODE_LINE = re.compile(r"^.*(?:[#{}<>=_\\|^@$]|;\s*$|\w\(|https?:|^\s*(?:def|class|import|from|SELECT)\b).*$", re.MULTILINE)
+CODE_LINE = re.compile(
+    r"^.*(?:[#{}<>=_\\|^@$]|;\s*$|\w\(|https?:|^\s*(?:def|class|import|from|SELECT)\b).*$", re.MULTILINE
+)
 REASONS = {
     "empty": "an answer without any text",
     "truncated": "generation stopped at the token limit, not at the end of the answer",
@@ -132,7 +134,9 @@ def _repeated_share(sequence: np.ndarray, n: int) -> float:
     windows = np.lib.stride_tricks.sliding_window_view(sequence, n) if len(sequence) >= n else np.empty((0, n))
     if not len(windows):
         return 0.0
-    keys = windows @ (np.int64(1000003) ** np.arange(n, dtype=np.int64))  # wraps around: a hash, equal for equal windows
+    keys = windows @ (
+        np.int64(1000003) ** np.arange(n, dtype=np.int64)
+    )  # wraps around: a hash, equal for equal windows
     first = np.zeros(len(keys), dtype=bool)
     first[np.unique(keys, return_index=True)[1]] = True
     covered = np.zeros(len(sequence), dtype=bool)

@@ -81,7 +81,9 @@ def training_row(sample: dict, where: str) -> tuple[list[dict], list[str], int]:
     for turn, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise InputError(f"{where}: message {turn} needs a 'role' and a text as 'content'; mend or remove this line")
+            raise InputError(
+                f"{where}: message {turn} needs a 'role' and a text as 'content'; mend or remove this line"
+            )
         ids = message.get("token_ids") if role == "assistant" else None
         if ids is None and turn == len(messages) - 1:
             ids = sample.get("output_ids")
@@ -167,6 +169,7 @@ class Clean:
         self.tokens: list[int] = []
         self.sources: list[str] = []
         self.signatures = bytearray(), bytearray()
+        self.given_turns = False
 
     def add(self, item: Scanned) -> None:
         self.offsets.append(self.spool.tell())
@@ -174,6 +177,7 @@ class Clean:
         self.sources.append(item.source)
         self.signatures[0].extend(item.sample_signature)
         self.signatures[1].extend(item.prompt_signature)
+        self.given_turns |= b'"loss": false' in item.row  # a quote inside a text is written \", so this is the key
         self.spool.write(item.row + b"\n" + item.preview.encode() + b"\n")
 
     def row(self, position: int) -> bytes:
@@ -203,7 +207,9 @@ def scan(paths: list[str], config: CurateConfig, workers: int, spool: BinaryIO, 
                     reason = item.reason
                     if reason is None and item.key in seen:
                         reason = "exact_duplicate"
-                    elif reason is None and config.dedup.prompt_threshold is not None and item.prompt_key in seen_prompts:
+                    elif (
+                        reason is None and config.dedup.prompt_threshold is not None and item.prompt_key in seen_prompts
+                    ):
                         reason = "same_prompt"
                     if reason:
                         tally.drop(reason, item.source, item.tokens, item.preview)
@@ -227,11 +233,22 @@ def split(kept: np.ndarray, close: np.ndarray, share: float, seed: int) -> tuple
 
 
 def write_rows(path: Path, clean: Clean, positions: list[int], seed: int) -> None:
-    """Write the rows in an order shuffled by `seed`."""
+    """Write the rows in an order shuffled by `seed`.
+
+    Where one row says `loss`, all have to: `datasets` fixes the keys of a message by the first 10 MB of the file.
+    """
     order = list(positions)
     random.Random(f"{seed} order").shuffle(order)
     with atomic(path) as temporary, open(temporary, "wb") as out:
-        out.writelines(clean.row(position) for position in order)
+        for position in order:
+            line = clean.row(position)
+            if clean.given_turns:
+                row = json.loads(line)
+                for message in row["messages"]:
+                    if message["role"] == "assistant":
+                        message.setdefault("loss", True)
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            out.write(line)
 
 
 def curate(paths: list[str], config: CurateConfig, out: Path, workers: int) -> dict:
@@ -277,7 +294,9 @@ def parser() -> Parser:
         "python -m fastmtp.curate --input distilled.jsonl --recipe configs/curate.yaml --data configs/data/local.yaml \\\n"
         "    --exclude bench/math_500.jsonl bench/mt_bench.jsonl --out data/mix",
     )
-    p.add_argument("--input", nargs="+", required=True, help="distilled samples, .jsonl or .jsonl.gz; better ones first")
+    p.add_argument(
+        "--input", nargs="+", required=True, help="distilled samples, .jsonl or .jsonl.gz; better ones first"
+    )
     p.add_argument("--recipe", help="YAML of thresholds (configs/curate.yaml); defaults without it")
     p.add_argument("--data", help="data set list with categories and token shares (configs/data/*.yaml)")
     p.add_argument("--exclude", nargs="+", help="question files of benchmarks: no such prompt is kept")

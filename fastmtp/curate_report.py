@@ -46,7 +46,9 @@ class Tally:
         return ", ".join(f"{name} {count}" for name, count in self.counts.most_common())
 
 
-def write_report(out: Path, tally: Tally, facts: dict[str, list[tuple[str, str, int]]], shares: dict[str, float]) -> dict:
+def write_report(
+    out: Path, tally: Tally, facts: dict[str, list[tuple[str, str, int]]], shares: dict[str, float]
+) -> dict:
     """Write the three files into `out`. `facts` maps train, eval and available (clean, before mixing, without eval) to
     (category, source, answer tokens) a sample; `shares` are the targets, empty without a mix. Returns the counts."""
     counts = _counts(tally, facts, shares)

@@ -22,7 +22,9 @@ from fastmtp.files import read_jsonl
 
 PERMUTATIONS = 128
 BANDS, ROWS = 32, 4  # two samples of similarity s meet in some band with probability 1 - (1 - s^4)^32: 99 % at 0.6
-CROWD = 200  # a band's bucket beyond this size is boilerplate; its members are compared with the first and the next only
+CROWD = (
+    200  # a band's bucket beyond this size is boilerplate; its members are compared with the first and the next only
+)
 
 
 @dataclass
