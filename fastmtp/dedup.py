@@ -1,7 +1,7 @@
 """Near-duplicates by MinHash (datasketch) and banding, and contamination by benchmark questions.
 
 A sample is the set of its neighbouring word pairs. Editing a tenth of the words leaves about 0.7 of Jaccard
-similarity, while different samples seldom pass 0.5, so 0.6 parts them. Prompts are compared by themselves as well:
+similarity and seldom less than 0.65, while different samples seldom pass 0.5; 0.62 parts them. Prompts are compared by themselves as well:
 a model asked nearly the same thing twice answers in different words, and both answers teach the same thing.
 
 datasketch gives the signatures; the banding is in NumPy, one band at a time, because an index of Python sets costs
@@ -31,8 +31,8 @@ CROWD = (
 class DedupConfig:
     """The recipe's `dedup:` section. Similarities are Jaccard, estimated by MinHash, between 0 and 1."""
 
-    threshold: float = 0.6  # whole samples, prompt and answers, at least this similar are near-duplicates
-    prompt_threshold: float | None = 0.8  # the same for prompts alone; null keeps several answers to one prompt
+    threshold: float = 0.62  # whole samples, prompt and answers, at least this similar are near-duplicates
+    prompt_threshold: float | None = 0.85  # the same for prompts alone; null keeps several answers to one prompt
     split_margin: float = 0.1  # eval takes no sample that comes within this margin of a train sample
     question_overlap: float = 0.5  # share of a benchmark question's word triples that makes a prompt contaminated
 
