@@ -86,7 +86,7 @@ def base_rows(pairs: Path, count: int, words: int, rng: random.Random) -> list[t
         glued: list[str] = []
         while sum(s.count(" ") + 1 for s in glued) < (words or 60):
             glued.append(rng.choice(sentences))
-        chosen.append(("glued", glued[0], " ".join(glued[1:])))
+        chosen.append(("glued", " ".join(glued[:2]), " ".join(glued[2:])))
     return chosen
 
 

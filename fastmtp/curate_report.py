@@ -152,11 +152,11 @@ def _lengths(path: Path, tally: Tally, train: list[tuple[str, str, int]]) -> Non
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     groups = {name: [row[2] for row in train if row[0] == name] for name in sorted({row[0] for row in train})}
     longest = max([row[2] for row in train] + tally.tokens + [2])
-    bins = np.geomspace(1, longest + 1, 40)
+    # Edges 1, 2, 3, 4, 6, 8, 11, 16, ...: whole tokens, or short answers leave gaps and spikes.
+    bins = sorted({round(2 ** (k / 2)) - 0.5 for k in range(2 * longest.bit_length() + 1)})
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.hist(list(groups.values()), bins, stacked=True, label=[f"{n} ({len(v):,})" for n, v in groups.items()])
     if tally.tokens:
@@ -164,6 +164,7 @@ def _lengths(path: Path, tally: Tally, train: list[tuple[str, str, int]]) -> Non
             tally.tokens, bins, histtype="step", color="black", linewidth=1.2, label=f"dropped ({len(tally.tokens):,})"
         )
     axes.set(xscale="log", xlabel="answer tokens a sample", ylabel="samples", title="Answer lengths in train.jsonl")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(fontsize="small")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
