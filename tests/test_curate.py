@@ -1,5 +1,6 @@
 """The command from distilled lines to ms-swift's files: rows, split, mix, report, determinism and bad input."""
 
+import errno
 import gzip
 import json
 import random
@@ -257,6 +258,20 @@ def test_nothing_left_says_what_went(tmp_path):
         run(tmp_path, [line(n, finish="length") for n in range(3)])
     with pytest.raises(InputError, match="the file is empty"):
         run(tmp_path, [])
+
+
+def test_full_disk_is_said_in_one_line_and_leaves_no_half_file(tmp_path, monkeypatch):
+    run(tmp_path, [line(n) for n in range(5)])
+    before = (tmp_path / "out" / "train.jsonl").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(curate.Clean, "row", full)
+    with pytest.raises(InputError, match="out: the disk is full; free some space"):
+        run(tmp_path, [line(n) for n in range(9)])
+    assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
 
 
 def test_source_outside_the_data_list(tmp_path):
