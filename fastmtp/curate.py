@@ -17,7 +17,9 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -152,8 +154,11 @@ def chunks(paths: list[str]) -> Iterator[list[tuple[str, bytes]]]:
 
     def lines() -> Iterator[tuple[str, bytes]]:
         for path in paths:
-            with (gzip.open if path.endswith(".gz") else open)(existing(path), "rb") as stream:
-                yield from ((f"{path}:{n}", line) for n, line in enumerate(stream, 1) if line.strip())
+            try:
+                with (gzip.open if path.endswith(".gz") else open)(existing(path), "rb") as stream:
+                    yield from ((f"{path}:{n}", line) for n, line in enumerate(stream, 1) if line.strip())
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise InputError(f"{path}: broken gzip file ({error}); fetch or pack it again") from None
 
     feed = lines()
     while chunk := list(islice(feed, CHUNK)):
@@ -228,6 +233,8 @@ def split(kept: np.ndarray, close: np.ndarray, share: float, seed: int) -> tuple
     """Positions for (train, eval). Only samples without a near neighbour may be held out."""
     wanted = round(share * len(kept))
     lonely = [int(k) for k in kept if not close[k]]
+    if len(lonely) < wanted:
+        print(f"eval.jsonl holds {len(lonely)} samples, not {wanted}: the others have near neighbours", file=sys.stderr)
     held = set(random.Random(f"{seed} eval").sample(lonely, min(wanted, len(lonely))))
     return [int(k) for k in kept if int(k) not in held], sorted(held)
 

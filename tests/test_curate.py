@@ -136,7 +136,7 @@ def test_several_answers_to_one_prompt_can_be_kept(tmp_path):
     assert len(run(tmp_path, rows)[0]) == 1
 
 
-def test_split_holds_out_no_neighbour_of_train(tmp_path):
+def test_split_holds_out_no_neighbour_of_train(tmp_path, capsys):
     # Half of the set comes in pairs too unlike to drop but too alike to be on both sides.
     rows = [line(n) for n in range(100)]
     for n in range(0, 50, 2):
@@ -148,7 +148,13 @@ def test_split_holds_out_no_neighbour_of_train(tmp_path):
     train, held, counts = run(tmp_path, rows, "--recipe", recipe)
     assert len(held) == 20 and len(train) == 80 and not counts["dropped"]
     assert prompts(held) <= prompts(rows[50:])
+    assert "not 80" in _split_all(tmp_path, rows, recipe, capsys)
     assert not prompts(held) & prompts(train)
+
+
+def _split_all(tmp_path, rows, recipe, capsys):
+    run(tmp_path, rows, "--recipe", recipe, "--eval-share", 0.8)
+    return capsys.readouterr().err
 
 
 def data_list(tmp_path, shares, change=None):
@@ -229,6 +235,15 @@ def test_broken_lines_are_named(tmp_path, row, message, workers):
     with pytest.raises(InputError, match=message):
         run(tmp_path, [line(0), row, line(1)], "--workers", workers)
     assert not (tmp_path / "out" / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("cut", [slice(None, -20), slice(5, None)])
+def test_broken_gzip_is_named(tmp_path, cut, workers):
+    path = Path(write(tmp_path / "distilled.jsonl.gz", [line(n) for n in range(50)]))
+    path.write_bytes(path.read_bytes()[cut])
+    with pytest.raises(InputError, match="distilled.jsonl.gz: broken gzip file"):
+        curate.main(["--input", str(path), "--out", str(tmp_path / "out"), "--workers", str(workers)])
 
 
 @pytest.mark.parametrize(
