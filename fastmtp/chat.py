@@ -20,7 +20,8 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
 def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Whole chat -> (ids, labels), equally long; labels are the ids of assistant tokens, IGNORE elsewhere.
 
-    Each answer ends with the end-of-turn token unless its exact `token_ids` say otherwise. Raises InputError when
+    Each answer ends with the end-of-turn token unless its exact `token_ids` say otherwise; one with `"loss": false`
+    (ms-swift's mark of a turn given with the prompt) is not learnt. Raises InputError when
     there is no assistant turn or the template rewrites earlier turns (then train on single turns).
     """
     ids: list[int] = []
@@ -35,7 +36,8 @@ def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
         gap = _ids(tokenizer, prompt[len(done) :])
         answer = answer_ids(tokenizer, message)
         ids += gap + answer
-        labels += [IGNORE] * len(gap) + answer
+        learnt = message.get("loss", True)
+        labels += [IGNORE] * len(gap) + (answer if learnt else [IGNORE] * len(answer))
         done = prompt + tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if not labels:
         raise InputError("the chat has no assistant turn")
