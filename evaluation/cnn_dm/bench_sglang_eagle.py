@@ -1,0 +1,21 @@
+"""CNN/DailyMail news articles to summarise, as chosen by Spec-Bench."""
+
+from __future__ import annotations
+
+from evaluation import harness
+from fastmtp.cli import run
+
+
+def hub_rows():
+    return harness.spec_bench_rows("summarization.jsonl")
+
+
+TASK = harness.Task("cnn_dm", "CNN/DM", harness.SPEC_BENCH, harness.SPEC_BENCH_REVISION, hub_rows, harness.user_turns)
+
+
+def main(argv: list[str] | None = None) -> None:
+    harness.main(TASK, argv)
+
+
+if __name__ == "__main__":
+    run(main)
