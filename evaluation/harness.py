@@ -1,7 +1,6 @@
-"""Everything the seven benchmarks share: questions, prompts, asking, resuming, one command line.
+"""Everything the seven benchmarks share: prompts, asking, resuming, one command line.
 
-A benchmark file holds a `Task`: where its questions come from and how a row becomes user turns. `collect` asks them
-and appends one line per finished question to an answer file; the same call after a kill asks only what is missing.
+`collect` asks a task's questions and appends one line per finished question to an answer file; the same call after a kill asks only what is missing.
 
     python -m evaluation.math_500.bench_sglang_eagle --port 30000 --num-questions 80
 """
@@ -9,12 +8,11 @@ and appends one line per finished question to an answer file; the same call afte
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,28 +20,13 @@ from tqdm import tqdm
 
 from evaluation import metrics
 from evaluation.client import Server
+from evaluation.questions import Task, digest, load_questions, question_keys
 from evaluation.turn import BackendError, Turn
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser
 from fastmtp.files import provenance, read_jsonl, write_jsonl
 
 WARM_UP_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark. `turns(row)` gives the user turns of one row; it raises KeyError for a row of another format.
-
-    `hub_rows()` loads the published questions; `revision` None means that the Hub's newest is taken.
-    """
-
-    name: str
-    title: str
-    dataset: str
-    revision: str | None
-    hub_rows: Callable[[], Iterable[dict]]
-    turns: Callable[[dict], list[str]]
-    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,58 +42,7 @@ class Settings:
     dtype: str | None = None
 
     def digest(self) -> str:
-        return _digest(asdict(self))
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def load_questions(task: Task, question_file: str | Path | None, limit: int) -> list[list[str]]:
-    """The first `limit` questions, each a list of user turns. Raises InputError naming the file and line."""
-    if question_file is None:
-        rows = ((f"{task.dataset} row {n}", row) for n, row in enumerate(_hub(task), 1))
-    else:
-        rows = ((f"{question_file}:{n}", row) for n, row in read_jsonl(question_file))
-    questions = []
-    for place, row in rows:
-        if len(questions) == limit:
-            break
-        try:
-            turns = task.turns(row)
-        except KeyError as error:
-            raise InputError(f"{place}: no field {error}; is this a {task.name} question file?") from None
-        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-            raise InputError(f"{place}: an empty or non-text question; mend or remove this line")
-        questions.append(turns)
-    if not questions:
-        raise InputError(f"{question_file or task.dataset}: no questions; give a file with at least one line")
-    return questions
-
-
-def _hub(task: Task) -> Iterable[dict]:
-    try:
-        return task.hub_rows()
-    except Exception as error:  # `datasets` raises a dozen kinds: no network, gone, gated, not installed
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{task.dataset}: cannot be loaded ({first}); or give --question-file") from None
-
-
-def spec_bench_rows(file_name: str) -> Iterable[dict]:
-    """Rows of one Spec-Bench subset, which three of the seven benchmarks take their questions from."""
-    import datasets
-
-    url = f"hf://datasets/{SPEC_BENCH}@{SPEC_BENCH_REVISION}/{file_name}"
-    return datasets.load_dataset("json", data_files=url, split="train")
-
-
-SPEC_BENCH, SPEC_BENCH_REVISION = "RedHatAI/speculator_benchmarks", "2ae86affa2cb97a972b7fc681dd51c04fbff083e"
-
-
-def user_turns(row: dict) -> list[str]:
-    """Spec-Bench and MT-Bench rows: a list in `turns` or `prompt`, or one text in `prompt`."""
-    value = row["turns"] if "turns" in row else row["prompt"]
-    return [value] if isinstance(value, str) else list(value)
+        return digest(asdict(self))
 
 
 async def collect(
@@ -128,7 +60,7 @@ async def collect(
     Warm-up requests go first and are not kept; the prefix cache is emptied before the first question. Raises
     BackendError when the backend fails: what was finished stays in `answer_file`.
     """
-    keys = [_digest([task.system, turns]) for turns in questions]
+    keys = question_keys(task, questions)
     done = read_answers(answer_file, settings)
     missing = [n for n, key in enumerate(keys) if key not in done]
     if missing:
@@ -153,7 +85,7 @@ async def collect(
                 done[keys[number]] = row
                 bar.update()
 
-        waiting = [asyncio.ensure_future(one(number)) for number in dict.fromkeys(_first_of_each(missing, keys))]
+        waiting = [asyncio.ensure_future(one(number)) for number in _first_of_each(missing, keys)]
         try:
             await asyncio.gather(*waiting)
         finally:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from evaluation.c_eval.bench_sglang_eagle import TASK as C_EVAL
 from evaluation.cnn_dm.bench_sglang_eagle import TASK as CNN_DM
-from evaluation.harness import Task
 from evaluation.livecodebench.bench_sglang_eagle import TASK as LIVECODEBENCH
 from evaluation.math_500.bench_sglang_eagle import TASK as MATH_500
 from evaluation.mt_bench.bench_sglang_eagle import TASK as MT_BENCH
 from evaluation.nq_qa.bench_sglang_eagle import TASK as NQ_QA
 from evaluation.nq_rag.bench_sglang_eagle import TASK as NQ_RAG
+from evaluation.questions import Task
 from fastmtp.cli import InputError
 from fastmtp.files import existing
 

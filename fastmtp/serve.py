@@ -115,7 +115,7 @@ def command(
     if token_map:
         # A path that does not exist would be taken for a Hub repository.
         parts += ["--speculative-token-map", str(existing(token_map, "token map").resolve())]
-    return [sys.executable, "-m", "sglang.launch_server", *_overridden(parts, flags), *flags]
+    return [sys.executable, "-m", "sglang.launch_server", *without(parts, flags), *flags]
 
 
 RENAMED = {"--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}  # the old name is gone after 0.5.17
@@ -127,7 +127,7 @@ def renamed(flags: list[str]) -> list[str]:
     return [RENAMED.get(name, name) + equals + value for name, equals, value in split]
 
 
-def _overridden(parts: list[str], flags: list[str]) -> list[str]:
+def without(parts: list[str], flags: list[str]) -> list[str]:
     """`parts` without the flags that the user gives: the printed command then shows each once."""
     given = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
     kept, skipping = [], False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluation import harness
+from evaluation import harness, questions
 from fastmtp.cli import run
 
 DATASET, REVISION = "ceval/ceval-exam", "617524a00b307ff6f9933702f724131fe12ca7ce"
@@ -80,7 +80,7 @@ def turns(row: dict) -> list[str]:
     return [f"{intro}\n{row['question']}{choices}\n"]
 
 
-TASK = harness.Task("c_eval", "C-Eval", DATASET, REVISION, hub_rows, turns)
+TASK = questions.Task("c_eval", "C-Eval", DATASET, REVISION, hub_rows, turns)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from evaluation import harness
+from evaluation import harness, questions
 from fastmtp.cli import run
 
 
 def hub_rows():
-    return harness.spec_bench_rows("summarization.jsonl")
+    return questions.spec_bench_rows("summarization.jsonl")
 
 
-TASK = harness.Task("cnn_dm", "CNN/DM", harness.SPEC_BENCH, harness.SPEC_BENCH_REVISION, hub_rows, harness.user_turns)
+TASK = questions.Task(
+    "cnn_dm", "CNN/DM", questions.SPEC_BENCH, questions.SPEC_BENCH_REVISION, hub_rows, questions.user_turns
+)
 
 
 def main(argv: list[str] | None = None) -> None:

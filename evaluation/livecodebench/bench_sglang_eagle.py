@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluation import harness
+from evaluation import harness, questions
 from fastmtp.cli import run
 
 DATASET, REVISION = "livecodebench/code_generation_lite", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
@@ -28,7 +28,7 @@ def turns(row: dict) -> list[str]:
     return [f"{row['question_content']}\n\n{how}\n```python\n{frame}\n```"]
 
 
-TASK = harness.Task("livecodebench", "LiveCodeBench v6", DATASET, REVISION, hub_rows, turns, SYSTEM)
+TASK = questions.Task("livecodebench", "LiveCodeBench v6", DATASET, REVISION, hub_rows, turns, SYSTEM)
 
 
 def main(argv: list[str] | None = None) -> None:

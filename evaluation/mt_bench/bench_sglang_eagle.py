@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluation import harness
+from evaluation import harness, questions
 from fastmtp.cli import run
 
 DATASET, REVISION = "HuggingFaceH4/mt_bench_prompts", "e3a795c5e9a82ee40611c416b8a7786c73198991"
@@ -14,7 +14,7 @@ def hub_rows():
     return datasets.load_dataset(DATASET, split="train", revision=REVISION)
 
 
-TASK = harness.Task("mt_bench", "MT-Bench", DATASET, REVISION, hub_rows, harness.user_turns)
+TASK = questions.Task("mt_bench", "MT-Bench", DATASET, REVISION, hub_rows, questions.user_turns)
 
 
 def main(argv: list[str] | None = None) -> None:

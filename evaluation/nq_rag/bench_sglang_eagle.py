@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from evaluation import harness
+from evaluation import harness, questions
 from fastmtp.cli import run
 
 
 def hub_rows():
-    return harness.spec_bench_rows("rag.jsonl")
+    return questions.spec_bench_rows("rag.jsonl")
 
 
-TASK = harness.Task(
-    "nq_rag", "NQ (retrieval)", harness.SPEC_BENCH, harness.SPEC_BENCH_REVISION, hub_rows, harness.user_turns
+TASK = questions.Task(
+    "nq_rag", "NQ (retrieval)", questions.SPEC_BENCH, questions.SPEC_BENCH_REVISION, hub_rows, questions.user_turns
 )
 
 

@@ -1,0 +1,142 @@
+"""Three pictures of one table.json: speed-up by task, accept length and speed against K, acceptance by position."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from fastmtp.files import atomic  # noqa: E402
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+LINES = ["-", "--", "-.", ":"]
+
+
+def draw(report: dict, titles: dict[str, str], out: Path) -> None:
+    """radar.png, steps.png, acceptance.png in `out`, as far as the report has drafting arms."""
+    arms = [name for name in report["arms"] if name != "baseline"]
+    if not arms:
+        return
+    if all(report["average"][name]["speedup"] for name in arms):
+        _save(radar(report, arms, titles), out / "radar.png")
+    _save(steps(report, arms), out / "steps.png")
+    _save(acceptance(report, arms), out / "acceptance.png")
+
+
+def radar(report: dict, arms: list[str], titles: dict[str, str]):
+    """Speed-up by task, one outline an arm; with fewer than three tasks there is no outline, so bars."""
+    tasks = report["tasks"]
+    speed = {name: [report["cells"][name][task]["speedup"] for task in tasks] for name in arms}
+    names = [titles[task] for task in tasks]
+    if len(tasks) < 3:
+        figure, axes = plt.subplots(figsize=(6.4, 4.2))
+        width = 0.8 / len(arms)
+        for number, name in enumerate(arms):
+            places = [x + (number - (len(arms) - 1) / 2) * width for x in range(len(tasks))]
+            bars = axes.bar(places, speed[name], width * 0.92, label=name, color=_colour(number))
+            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.set_xticks(range(len(tasks)), names)
+        axes.axhline(1.0, color="grey", linewidth=1)
+        axes.set_ylabel("speed-up over plain decoding")
+        _legend(figure, axes, arms)
+        return figure
+    angles = [2 * math.pi * n / len(tasks) for n in range(len(tasks))]
+    figure, axes = plt.subplots(figsize=(7.2, 5.6), subplot_kw={"projection": "polar"})
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    closed = [*angles, angles[0]]
+    axes.plot(closed, [1.0] * len(closed), color="grey", linewidth=1.2, label="plain decoding")
+    for number, name in enumerate(arms):
+        values = [*speed[name], speed[name][0]]
+        axes.plot(closed, values, **_style(number), linewidth=1.8, markersize=4, label=name)
+    axes.set_xticks(angles, names, fontsize=9)
+    axes.tick_params(axis="x", pad=14)
+    top = max(1.0, *(value for values in speed.values() for value in values))
+    axes.set_ylim(0, top * 1.08)
+    axes.set_rlabel_position(180 / len(tasks))
+    axes.tick_params(axis="y", labelsize=7, colors="#555555")
+    axes.set_title("speed-up over plain decoding", fontsize=11, pad=22)
+    _legend(figure, axes, ["plain decoding", *arms])
+    return figure
+
+
+def steps(report: dict, arms: list[str]):
+    """Mean accept length and mean speed-up (tokens/s without a baseline) against K, one line for each head and map."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0))
+    has_speedup = all(report["average"][name]["speedup"] for name in arms)
+    key = "speedup" if has_speedup else "throughput"
+    families = _families(report, arms)
+    for number, (family, members) in enumerate(families.items()):
+        ks = [k for k, _ in members]
+        for axes, what in ((left, "accept_length"), (right, key)):
+            values = [report["average"][name][what] for _, name in members]
+            axes.plot(ks, values, **_style(number), label=family)
+    every = sorted({k for members in families.values() for k, _ in members})
+    for axes in (left, right):
+        axes.set_xticks(every)
+        axes.set_xlabel("draft steps K")
+        axes.margins(0.12)
+        axes.grid(alpha=0.3)
+    left.set_ylabel("accept length (tokens per verify pass)")
+    right.set_ylabel("speed-up over plain decoding" if has_speedup else "tokens/s")
+    if has_speedup:
+        right.axhline(1.0, color="grey", linewidth=1)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def acceptance(report: dict, arms: list[str]):
+    """Share of verify passes that accept position i, pooled over tasks; each family's longest chain."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for number, members in enumerate(_families(report, arms).values()):
+        _, name = members[-1]
+        rates = report["position_rates"][name]
+        axes.plot(range(1, len(rates) + 1), rates, **_style(number), label=name)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("draft position")
+    axes.set_ylabel("share of verify passes that accept it")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]:
+    """`fastmtp+en32k` -> [(1, "fastmtp:1+en32k"), ...], by K."""
+    families: dict[str, list[tuple[int, str]]] = {}
+    for name in arms:
+        k = report["cells"][name][report["tasks"][0]]["num_steps"]
+        family = name.replace(f":{k}", "", 1)
+        families.setdefault(family, []).append((k, name))
+    return {family: sorted(members) for family, members in families.items()}
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _style(number: int) -> dict:
+    return {
+        "color": _colour(number),
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+    }
+
+
+def _legend(figure, axes, entries: list[str]) -> None:
+    """To the right of the picture: inside it would cover the lines."""
+    axes.legend(loc="center left", bbox_to_anchor=(1.12, 0.5), fontsize=8, frameon=False)
+
+
+def _save(figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130, bbox_inches="tight", format="png")
+    plt.close(figure)
