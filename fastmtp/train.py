@@ -1,0 +1,127 @@
+"""Fine-tune the head: check a recipe, then run `swift sft` on it (stock ms-swift, our plugin).
+
+A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (mtp_num_steps, mtp_beta,
+mtp_attention). Overrides are flags of the same names, the head's settings too. An unknown key is an error.
+
+    python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5
+    NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml --resume_from_checkpoint runs/mimo7b_k3/last-checkpoint
+"""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Sequence
+
+import yaml
+
+from fastmtp import files
+from fastmtp.cli import InputError, Parser, run
+from fastmtp.export import read_head
+from fastmtp.recursion import ATTENTIONS
+
+HEAD_KEYS = ("mtp_num_steps", "mtp_beta", "mtp_attention")
+NEEDED = ("model", "model_type", "external_plugins", "dataset", "output_dir", "model_kwargs")
+
+
+def read_recipe(path: str | Path) -> dict:
+    """A recipe file as a dict. InputError where it is missing, not YAML, or lacks a needed key."""
+    path = files.existing(path, "recipe")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        line = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}:{line.line + 1 if line else 1}: not YAML ({error.problem}); mend this line") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values; see configs/quickstart.yaml")
+    return recipe
+
+
+def apply_overrides(recipe: dict, overrides: Sequence[str]) -> dict:
+    """`--key value ...` over a recipe; head keys go to `model_kwargs`. InputError for a value without its key."""
+    recipe = {**recipe, "model_kwargs": dict(recipe.get("model_kwargs") or {})}
+    values: dict[str, list] = {}
+    for word in overrides:
+        if word.startswith("--"):
+            current = values[word[2:].replace("-", "_")] = []
+        elif not values:
+            raise InputError(f"'{word}' stands before any --key; write overrides as --key value")
+        else:
+            current.append(yaml.safe_load(word))
+    for key, value in values.items():
+        if not value:
+            raise InputError(f"--{key} has no value; write overrides as --key value")
+        if key in HEAD_KEYS:
+            recipe["model_kwargs"][key] = value[0]
+        else:
+            recipe[key] = value if len(value) > 1 or isinstance(recipe.get(key), list) else value[0]
+    return recipe
+
+
+def check(recipe: dict, known: set[str], where: str) -> None:
+    """InputError for unknown or missing keys, bad head settings, a model without a head, missing data files."""
+    for names, allowed in ((recipe, known), (recipe.get("model_kwargs", {}), set(HEAD_KEYS))):
+        for key in names:
+            if key not in allowed:
+                near = difflib.get_close_matches(key, allowed, 1)
+                hint = f"did you mean '{near[0]}'?" if near else "see `swift sft --help`"
+                raise InputError(f"{where}: unknown key '{key}'; {hint}")
+    for key in NEEDED:
+        if not recipe.get(key):
+            raise InputError(f"{where}: the key '{key}' is missing; see configs/quickstart.yaml")
+    head = recipe["model_kwargs"]
+    steps, beta = head.get("mtp_num_steps"), head.get("mtp_beta")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"{where}: mtp_num_steps must be a whole number of at least 1, not {steps}")
+    if not isinstance(beta, (int, float)) or beta <= 0:
+        raise InputError(f"{where}: mtp_beta must be a number above 0, not {beta}")
+    if head.get("mtp_attention") not in ATTENTIONS:
+        raise InputError(f"{where}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {head.get('mtp_attention')}")
+    read_head(recipe["model"])
+    for key in ("dataset", "val_dataset"):
+        names = recipe.get(key) or []
+        for name in [names] if isinstance(names, str) else names:
+            if Path(name).suffix in (".jsonl", ".json", ".csv"):
+                files.existing(name, f"file ('{key}' in {where})")
+
+
+def train(recipe: dict) -> None:
+    """Run `swift sft` on a checked recipe; its resolved form is kept in output_dir. SystemExit(1) if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "recipe.yaml"  # ms-swift copies it to output_dir
+        resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        start = "from swift.cli.main import cli_main; cli_main()"
+        code = subprocess.run([sys.executable, "-c", start, "sft", str(resolved)], check=False).returncode
+    if code:
+        print(f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above", file=sys.stderr)
+        raise SystemExit(1)
+    dataset = recipe["dataset"]
+    files.write_provenance(recipe["output_dir"], recipe, [dataset] if isinstance(dataset, str) else dataset)
+
+
+def parser() -> Parser:
+    p = Parser(
+        "python -m fastmtp.train",
+        "Fine-tune the head on a recipe through `swift sft`. Further flags override the recipe's keys.",
+        "python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5",
+    )
+    p.add_argument("recipe", nargs="?", default="configs/mimo7b_k3.yaml", help="YAML (default configs/mimo7b_k3.yaml)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, overrides = parser().parse_known_args(argv)
+    recipe = apply_overrides(read_recipe(args.recipe), overrides)
+    try:
+        from fastmtp.swift_plugin import swift_keys
+    except ImportError as error:
+        raise InputError(f"ms-swift cannot be imported ({error}); run: pip install 'fastmtp[train]'") from None
+    check(recipe, swift_keys(), args.recipe)
+    train(recipe)
+
+
+if __name__ == "__main__":
+    run(main)
