@@ -34,17 +34,20 @@ def radar(report: dict, arms: list[str], titles: dict[str, str]):
     tasks = report["tasks"]
     speed = {name: [report["cells"][name][task]["speedup"] for task in tasks] for name in arms}
     names = [titles[task] for task in tasks]
+    looks = _looks(report, arms)
     if len(tasks) < 3:
         figure, axes = plt.subplots(figsize=(6.4, 4.2))
         width = 0.8 / len(arms)
         for number, name in enumerate(arms):
             places = [x + (number - (len(arms) - 1) / 2) * width for x in range(len(tasks))]
-            bars = axes.bar(places, speed[name], width * 0.92, label=name, color=_colour(number))
-            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+            bars = axes.bar(places, speed[name], width * 0.92, label=name, color=looks[name]["color"])
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+            for bar in bars:
+                bar.set_alpha(looks[name]["alpha"])
         axes.set_xticks(range(len(tasks)), names)
         axes.axhline(1.0, color="grey", linewidth=1)
         axes.set_ylabel("speed-up over plain decoding")
-        _legend(figure, axes, arms)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
         return figure
     angles = [2 * math.pi * n / len(tasks) for n in range(len(tasks))]
     figure, axes = plt.subplots(figsize=(7.2, 5.6), subplot_kw={"projection": "polar"})
@@ -52,17 +55,18 @@ def radar(report: dict, arms: list[str], titles: dict[str, str]):
     axes.set_theta_direction(-1)
     closed = [*angles, angles[0]]
     axes.plot(closed, [1.0] * len(closed), color="grey", linewidth=1.2, label="plain decoding")
-    for number, name in enumerate(arms):
-        values = [*speed[name], speed[name][0]]
-        axes.plot(closed, values, **_style(number), linewidth=1.8, markersize=4, label=name)
+    for name in arms:
+        axes.plot(closed, [*speed[name], speed[name][0]], **looks[name], linewidth=1.8, markersize=4, label=name)
     axes.set_xticks(angles, names, fontsize=9)
-    axes.tick_params(axis="x", pad=14)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = math.sin(angle)  # labels on the right begin at the circle, those on the left end there
+        label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
     top = max(1.0, *(value for values in speed.values() for value in values))
     axes.set_ylim(0, top * 1.08)
     axes.set_rlabel_position(180 / len(tasks))
     axes.tick_params(axis="y", labelsize=7, colors="#555555")
-    axes.set_title("speed-up over plain decoding", fontsize=11, pad=22)
-    _legend(figure, axes, ["plain decoding", *arms])
+    axes.set_title("speed-up over plain decoding", fontsize=11, pad=14)
+    axes.legend(loc="center left", bbox_to_anchor=(1.3, 0.5), fontsize=8, frameon=False)
     return figure
 
 
@@ -119,21 +123,18 @@ def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]
     return {family: sorted(members) for family, members in families.items()}
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
 def _style(number: int) -> dict:
-    return {
-        "color": _colour(number),
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
-    }
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _legend(figure, axes, entries: list[str]) -> None:
-    """To the right of the picture: inside it would cover the lines."""
-    axes.legend(loc="center left", bbox_to_anchor=(1.12, 0.5), fontsize=8, frameon=False)
+def _looks(report: dict, arms: list[str]) -> dict[str, dict]:
+    """A colour and marker for each head and map; its largest K drawn solid, smaller ones broken and paler."""
+    looks = {}
+    for number, members in enumerate(_families(report, arms).values()):
+        for rank, (_, name) in enumerate(reversed(members)):
+            fade = {"linestyle": LINES[rank % len(LINES)], "alpha": max(0.35, 1 - 0.25 * rank)}
+            looks[name] = _style(number) | fade
+    return looks
 
 
 def _save(figure, path: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,7 +101,7 @@ def _first_of_each(numbers: list[int], keys: list[str]) -> list[int]:
 
 
 async def _warm_up(backend, tokenizer, task: Task, question: list[str]) -> None:
-    ids = prompt_ids(tokenizer, _messages(task, question[:1]))
+    ids = prompt_ids(tokenizer, chat_messages(task, question[:1]))
     for _ in range(2):
         await backend.ask(ids, WARM_UP_TOKENS)
 
@@ -111,17 +110,17 @@ async def _answer(backend, tokenizer, task, question, settings: Settings, num_st
     """All turns of one question; each turn's prompt holds the answers before it."""
     answers: list[Turn] = []
     for last in range(len(question)):
-        ids = prompt_ids(tokenizer, _messages(task, question[: last + 1], [a.text for a in answers]))
+        ids = prompt_ids(tokenizer, chat_messages(task, question[: last + 1], [a.text for a in answers]))
         turn = await backend.ask(ids, settings.max_gen_length, settings.temperature, seed=settings.seed)
         answers.append(_checked(turn, num_steps))
     return answers
 
 
-def _messages(task: Task, user: list[str], answers: Iterable[str] = ()) -> list[dict]:
+def chat_messages(task: Task, user: list[str], answers: list[str] = ()) -> list[dict]:
     messages = [{"role": "system", "content": task.system}] if task.system else []
     for number, text in enumerate(user):
         messages.append({"role": "user", "content": text})
-        messages += [{"role": "assistant", "content": a} for a in list(answers)[number : number + 1]]
+        messages += [{"role": "assistant", "content": a} for a in answers[number : number + 1]]
     return messages
 
 

@@ -12,6 +12,7 @@ from tiny_model import save_tokenizer
 
 from evaluation import run, table
 from evaluation.arms import REPEAT, parse_arms
+from evaluation.harness import load_tokenizer
 from fastmtp import serve
 from fastmtp.cli import InputError
 
@@ -172,7 +173,7 @@ def fake_decoder(monkeypatch, lossless=True):
     calls = []
 
     def generate(model, prompt_ids, max_new_tokens, num_steps, temperature=0.0, seed=0, token_map=None, eos_ids=None):
-        calls.append((model, num_steps, token_map, eos_ids))
+        calls.append((model.loaded, num_steps, token_map))
         ids = [6 + (sum(prompt_ids) + n) % 40 for n in range(min(12, max_new_tokens))]
         if num_steps and not lossless:
             ids[7] += 1
@@ -180,7 +181,9 @@ def fake_decoder(monkeypatch, lossless=True):
         return Generation(ids, passes, [1] * passes + [0] * (num_steps + 1 - passes) if num_steps else [0])
 
     module = types.ModuleType("fastmtp.decoding")
-    module.load = lambda folder, dtype="float32", device="cpu": (folder, dtype, device)
+    module.load = lambda folder, dtype="float32", device="cpu": types.SimpleNamespace(
+        tokenizer=load_tokenizer(folder), eos_ids={2}, loaded=(folder, dtype, device)
+    )
     module.generate = generate
     import fastmtp
 
@@ -200,7 +203,7 @@ def test_the_same_arms_without_a_server(model, questions, monkeypatch, tmp_path)
     assert spec["output_tokens"] == 48 and spec["accept_length"] == 48 / 16
     assert spec["position_rates"] == [0.75, 0.5, 0.25] and spec["lossless"]["share"] == 1.0
     assert spec["environment"]["backend"] == "reference" and spec["config"]["dtype"] == "float32"
-    assert calls[0] == ((model, "float32", "cpu"), 0, None, {2})
+    assert calls[0] == ((model, "float32", "cpu"), 0, None)
     assert (out / "radar.png").exists()
 
 

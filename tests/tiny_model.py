@@ -25,14 +25,15 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_model(folder: Path, vocab_size: int = 65) -> None:
-    """A two-layer Qwen2 with random weights, spread wide so that its greedy choices are clear."""
+def save_mimo(folder: Path) -> None:
+    """A two-layer MiMo with random weights, spread wide so that its greedy choices are clear; its drafts are noise."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocab_size,
+    config = MiMoConfig(
+        vocab_size=65,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -44,5 +45,5 @@ def save_model(folder: Path, vocab_size: int = 65) -> None:
         eos_token_id=2,
         pad_token_id=1,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    MiMoForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
