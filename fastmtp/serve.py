@@ -145,8 +145,17 @@ class Server:
     Raises ServerError when it dies or does not answer within `wait` seconds. `log` keeps its output.
     """
 
-    def __init__(self, argv: list[str], port: int, log: Path, wait: float = 900.0, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        argv: list[str],
+        port: int,
+        log: Path,
+        wait: float = 900.0,
+        env: dict[str, str] | None = None,
+        stop_patience: float = 15.0,
+    ):
         self.argv, self.port, self.log, self.wait = argv, port, Path(log), wait
+        self.stop_patience = stop_patience
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self.url = f"http://{HOST}:{port}"
 
@@ -189,25 +198,24 @@ class Server:
         return f"; the end of {self.log}:\n" + "\n".join(f"  | {line}" for line in lines)
 
     def stop(self) -> None:
-        """End the whole group: politely, then not."""
-        for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        """End the whole group, politely and then not: a worker left over would hold the GPU's memory."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=patience)
-                if sign == signal.SIGTERM:
-                    # The leader is gone; its workers hold the GPU's memory until they are too.
-                    self._wait_for_group(patience)
-        self.process.wait()
+            if self._group_ends():
+                return
 
-    def _wait_for_group(self, patience: float) -> None:
-        end = time.monotonic() + patience
+    def _group_ends(self) -> bool:
+        """Whether every process of the group is gone within `stop_patience` seconds."""
+        end = time.monotonic() + self.stop_patience
         while time.monotonic() < end:
+            self.process.poll()  # reaps the leader, which would else count as a member
             try:
                 os.killpg(self.process.pid, 0)
-            except (ProcessLookupError, PermissionError):
-                return
-            time.sleep(0.1)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.05)
+        return False
 
 
 def answers(url: str) -> bool:
