@@ -113,6 +113,27 @@ def acceptance(report: dict, arms: list[str]):
     return figure
 
 
+def draw_speed_model(points: list[dict], out: Path) -> None:
+    """speed.png: speed-up against K, one line a draft vocabulary, measured and (thin) as memory bandwidth bounds it."""
+    plain = next(point for point in points if point["num_steps"] == 0)
+    figure, axes = plt.subplots(figsize=(6.8, 4.4))
+    for number, name in enumerate(dict.fromkeys(p["map"] for p in points if p["num_steps"])):
+        rows = sorted((p for p in points if p["num_steps"] and p["map"] == name), key=lambda p: p["num_steps"])
+        ks, look = [p["num_steps"] for p in rows], _style(number)
+        axes.plot(ks, [p["speedup"] for p in rows], **look, label=f"{name or 'full'} head")
+        bound = [p["tau"] / p["bound_ms"] * plain["bound_ms"] for p in rows]
+        axes.plot(ks, bound, color=look["color"], linewidth=1, linestyle=":")
+    axes.plot([], [], color="grey", linewidth=1, linestyle=":", label="bandwidth bound")
+    axes.axhline(1.0, color="grey", linewidth=1)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.set_xlabel("draft steps K")
+    axes.set_ylabel("speed-up over plain decoding")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, out / "speed.png")
+
+
 def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]:
     """`fastmtp+en32k` -> [(1, "fastmtp:1+en32k"), ...], by K."""
     families: dict[str, list[tuple[int, str]]] = {}

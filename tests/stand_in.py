@@ -8,19 +8,40 @@ script it is a server process: python tests/stand_in.py --port 30000 --num-steps
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 VERSION = "0.5.17"
+# Two cycles: a graph of two kernels (8 us, the second overlapped by a copy), one kernel outside graphs, 5 us of nothing.
+TRACE = []
+for cycle in range(2):
+    t, c = 100.0 + 20 * cycle, 10 * cycle
+    TRACE += [
+        {
+            "ph": "X",
+            "cat": "cuda_runtime",
+            "name": "cudaGraphLaunch",
+            "ts": t - 9,
+            "dur": 1,
+            "args": {"correlation": c},
+        },
+        {"ph": "X", "cat": "kernel", "name": "gemm", "ts": t, "dur": 6, "args": {"correlation": c}},
+        {"ph": "X", "cat": "kernel", "name": "norm", "ts": t + 6, "dur": 2, "args": {"correlation": c}},
+        {"ph": "X", "cat": "gpu_memcpy", "name": "copy", "ts": t + 7, "dur": 2, "args": {"correlation": c + 1}},
+        {"ph": "X", "cat": "kernel", "name": "argmax", "ts": t + 14, "dur": 6, "args": {"correlation": c + 2}},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": t, "dur": 50},
+    ]
 
 
-def answer_ids(prompt_ids: list[int], max_new_tokens: int) -> tuple[list[int], str]:
+def answer_ids(prompt_ids: list[int], max_new_tokens: int, ignore_eos: bool = False) -> tuple[list[int], str]:
     """Tokens and finish reason: 5 to 24 tokens, cut at max_new_tokens."""
     seed = sum((n + 1) * i for n, i in enumerate(prompt_ids))
-    length = 5 + seed % 20
+    length = max_new_tokens + 1 if ignore_eos else 5 + seed % 20
     ids = [5 + (seed + n * n) % 40 for n in range(min(length, max_new_tokens))]
     return ids, "stop" if length <= max_new_tokens else "length"
 
@@ -34,6 +55,12 @@ def accounting(tokens: int, num_steps: int) -> tuple[int, list[int]]:
         made += accepted + 1
         passes += 1
     return passes, histogram
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class StandIn(ThreadingHTTPServer):
@@ -98,8 +125,14 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, b"Cache flushed.\n")
         elif self.path == "/generate":
             self._generate(json.loads(body))
+        elif self.path == "/v1/chat/completions":
+            self._chat(json.loads(body))
+        elif self.path == "/start_profile":
+            with gzip.open(Path(json.loads(body)["output_dir"]) / "1-TP-0.trace.json.gz", "wt") as trace:
+                json.dump({"traceEvents": TRACE}, trace)
+            self._send(200, b"Start profiling.\n")
         else:
-            self._send(200, b"ok")
+            self._send(404, b"Not Found")
 
     def _generate(self, body: dict) -> None:
         s = self.server
@@ -114,7 +147,8 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
-        ids, finish = answer_ids(body["input_ids"], body["sampling_params"]["max_new_tokens"])
+        wanted = body["sampling_params"]
+        ids, finish = answer_ids(body["input_ids"], wanted["max_new_tokens"], wanted.get("ignore_eos", False))
         meta = {
             "id": f"r{number}",
             "finish_reason": None,
@@ -159,6 +193,25 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         time.sleep(pause)
         self.wfile.write(b"".join(chunks[1:]) + b"data: [DONE]\n\n")
+        self.close_connection = True
+
+    def _chat(self, body: dict) -> None:
+        """OpenAI's streamed chat, as SGLang speaks it: role, content, finish, usage, [DONE]."""
+        shared = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+        deltas = [{"role": "assistant", "content": ""}, {"content": "red "}, {"content": "green"}]
+        chunks = [
+            shared | {"choices": [{"index": 0, "delta": d, "finish_reason": None}], "usage": None} for d in deltas
+        ]
+        chunks.append(shared | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": None})
+        usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+        chunks.append(shared | {"choices": [], "usage": usage})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for chunk in chunks:
+            self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
 
     def _json(self, value: dict) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from stand_in import free_port
 from tiny_model import save_tokenizer
 
 from evaluation import run, table
@@ -54,14 +55,6 @@ def started(monkeypatch):
     monkeypatch.setattr(serve, "command", stand_in)
     monkeypatch.setattr(serve, "sglang_version", lambda: "0.5.17")
     return calls
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def arguments(model, questions, out, *more):

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+from stand_in import free_port
 
 from fastmtp import serve
 from fastmtp.cli import InputError
@@ -28,12 +29,6 @@ def exported(folder, **changes):
     config = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(config | changes))
     return str(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def value(line, flag):
