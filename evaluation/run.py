@@ -97,7 +97,6 @@ class Plan:
         if args.backend == "sglang":
             for arm in self.arms:  # a wrong folder should not be found out after an hour
                 serve.command(arm.model, arm.num_steps, arm.token_map, backend="triton")
-            serve.sglang_version()
 
     def settings(self, arm: Arm, task: Task) -> Settings:
         a = self.args
@@ -162,6 +161,7 @@ def _server(plan: Plan, arm: Arm) -> Iterator[str | None]:
     if plan.args.backend == "reference":
         yield None
         return
+    serve.sglang_version()
     port, streams = plan.args.port, str(plan.args.parallel)
     defaults = ["--dtype", plan.dtype, "--mem-fraction-static", "0.7"]
     defaults += ["--max-running-requests", streams, "--cuda-graph-max-bs-decode", streams]

@@ -41,7 +41,7 @@ def sglang_version() -> str:
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
-        raise InputError("SGLang is not installed; pip install 'fastmtp[serve]' on a machine with a GPU") from None
+        raise InputError("SGLang is not installed; pip install -e '.[serve]' on a machine with a GPU") from None
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     if numbers < OLDEST:
         raise InputError(f"SGLang {version} is too old; pip install 'sglang>={'.'.join(map(str, OLDEST))}'")
