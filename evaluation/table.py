@@ -72,7 +72,9 @@ def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
     found = []
     for task, change in drift.items():
         if abs(change) > DRIFT_LIMIT:
-            found.append(f"{task}: the baseline ran {change:+.1%} faster at the end than at the start; speeds drifted.")
+            found.append(
+                f"{task}: the baseline's tokens/s changed by {change:+.1%} between start and end; speeds drifted."
+            )
     if not any(line["arm"] == "baseline" for line in lines):
         found.append("No baseline in this run: no speed-ups and no losslessness.")
     elif not drift:

@@ -64,7 +64,7 @@ def free_port() -> int:
 
 
 class StandIn(ThreadingHTTPServer):
-    """`fault(n, path)` may return "500", "hang", "malformed", "cut", "abort" or "drop" for the nth /generate."""
+    """`fault(n, path)` may return "500", "hang", "malformed", "cut", "abort", "slow" or "drop" for the nth /generate."""
 
     daemon_threads = True
 
@@ -142,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = s.fault(number, self.path)
         if fault == "500":
             return self._send(500, b"Internal Server Error")
+        if fault == "slow":
+            time.sleep(0.2)
         if fault == "hang":
             time.sleep(3)
             return None

@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from stand_in import StandIn, accounting, answer_ids
@@ -160,6 +164,47 @@ def test_a_killed_run_asks_nothing_twice(tokenizer, tmp_path):
     with StandIn() as server:
         assert collect(server, tokenizer, path) == answers
         assert server.bodies == [], "a finished run asks nothing, not even the warm-up"
+
+
+def test_sigkill_in_the_middle_loses_and_repeats_nothing(tokenizer, tmp_path):
+    questions = write(tmp_path / "q.jsonl", [{"turns": [f"what is w{n}"]} for n in range(6, 18)])
+    path = tmp_path / "a.jsonl"
+    with StandIn(fault=lambda n, _: "slow") as server:
+        host, port = server.url.rsplit(":", 1)
+        line = [
+            sys.executable,
+            "-m",
+            "evaluation.nq_qa.bench_sglang_eagle",
+            "--question-file",
+            str(questions),
+            "--host",
+            host,
+        ]
+        line += [
+            "--port",
+            port,
+            "--model",
+            tokenizer.folder,
+            "--answer-file",
+            str(path),
+            "--result-file",
+            str(tmp_path / "r"),
+        ]
+        process = subprocess.Popen(line, cwd=Path(__file__).parents[1])
+        while not path.exists() or path.read_text().count("\n") < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        finished = {
+            tuple(answer["turns"][0]["output_ids"]) for answer in map(json.loads, path.read_text().splitlines())
+        }
+        before = len(server.bodies)
+        assert subprocess.run(line, cwd=Path(__file__).parents[1]).returncode == 0
+        # The rest, two warm-ups; the question that was in flight is asked again, for nobody heard its answer.
+        assert len(server.bodies) - before == 12 - len(finished) + 2
+    assert len(path.read_text().splitlines()) == 12
+    assert json.loads((tmp_path / "r").read_text())["num_questions"] == 12
 
 
 def test_answers_of_other_settings_are_never_mixed_in(tokenizer, tmp_path):

@@ -170,8 +170,9 @@ def fake_decoder(monkeypatch, lossless=True):
         ids = [6 + (sum(prompt_ids) + n) % 40 for n in range(min(12, max_new_tokens))]
         if num_steps and not lossless:
             ids[7] += 1
-        passes = 0 if not num_steps else 4
-        return Generation(ids, passes, [1] * passes + [0] * (num_steps + 1 - passes) if num_steps else [0])
+        passes = 4 if num_steps else 0
+        histogram = [sum(n % (num_steps + 1) == j for n in range(passes)) for j in range(num_steps + 1)]
+        return Generation(ids, passes, histogram)
 
     module = types.ModuleType("fastmtp.decoding")
     module.load = lambda folder, dtype="float32", device="cpu": types.SimpleNamespace(
@@ -198,6 +199,20 @@ def test_the_same_arms_without_a_server(model, questions, monkeypatch, tmp_path)
     assert spec["environment"]["backend"] == "reference" and spec["config"]["dtype"] == "float32"
     assert calls[0] == ((model, "float32", "cpu"), 0, None)
     assert (out / "radar.png").exists()
+
+
+def test_without_a_baseline_there_are_no_claims(model, questions, monkeypatch, tmp_path):
+    fake_decoder(monkeypatch)
+    out = tmp_path / "out"
+    run.main(
+        arguments(model, questions, out, "--backend", "reference", "--arms", "fastmtp:1,fastmtp:3", "--tasks", "nq_qa")
+    )
+    assert [(x["arm"], x["speedup"], x["lossless"]) for x in read(out / "results.jsonl")] == [
+        ("fastmtp:1", None, {}),
+        ("fastmtp:3", None, {}),
+    ]
+    assert "No baseline in this run" in (out / "table.md").read_text()
+    assert (out / "steps.png").exists() and not (out / "radar.png").exists()
 
 
 def test_different_text_in_float32_is_called_out(model, questions, monkeypatch, tmp_path, capsys):

@@ -74,6 +74,7 @@ def test_points():
     found = speed_model.points(MIMO, "1,3", "full,32k", shapes.PAPER)
     assert [p.name for p in found] == ["baseline", "k1-full", "k3-full", "k1-32k", "k3-32k"]
     assert found[4].head_rows == 32768 and found[4].tau == pytest.approx(2.66)
+    assert speed_model.points(MIMO, "1", "en_8k", shapes.PAPER)[1].head_rows == 8192
     assert found[0].environment() == {}
     assert found[4].environment() == {
         "SGLANG_SIMULATE_ACC_LEN": "2.6600",
@@ -127,7 +128,8 @@ def test_the_arithmetic_of_a_point():
     assert plain["ms_per_cycle"] == pytest.approx(3000 / 512) and plain["tau"] == 1.0 and plain["spread"] is None
     both = speed_model.with_speedups([plain | {"settings": {}, "copy_bandwidth": 4e12}, row | {"copy_bandwidth": 4e12}])
     assert both[1]["speedup"] == pytest.approx(2.0) and "settings" not in both[0]
-    report = {"gpu": "G", "sglang": "0", "rates": "paper", "shape": "mimo-7b", "points": both}
+    report = {"gpu": "G", "sglang": "0", "rates": "paper", "shape": "mimo-7b", "assumed": ["8k"], "points": both}
+    assert "acceptance of 8k here" in speed_model.markdown(report)
     assert "| k3-32k | 2.67 | 341.3 ± 0.0 | 2.00x | 7.812 |" in speed_model.markdown(report)
 
 
