@@ -1,7 +1,13 @@
-"""Three pictures of one table.json: speed-up by task, accept length and speed against K, acceptance by position."""
+"""Pictures of a table.json: speed-up by task, accept length and speed against K, acceptance by position.
+
+    python -m evaluation.charts results/NAME
+
+draws them again, or for the first time where the measuring machine had no matplotlib; also a speed.json's picture.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from fastmtp.files import atomic  # noqa: E402
+from fastmtp.cli import InputError, Parser, run  # noqa: E402
+from fastmtp.files import atomic, existing  # noqa: E402
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -18,22 +25,22 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":"]
 
 
-def draw(report: dict, titles: dict[str, str], out: Path) -> None:
+def draw(report: dict, out: Path) -> None:
     """radar.png, steps.png, acceptance.png in `out`, as far as the report has drafting arms."""
     arms = [name for name in report["arms"] if name != "baseline"]
     if not arms:
         return
     if all(report["average"][name]["speedup"] for name in arms):
-        _save(radar(report, arms, titles), out / "radar.png")
+        _save(radar(report, arms), out / "radar.png")
     _save(steps(report, arms), out / "steps.png")
     _save(acceptance(report, arms), out / "acceptance.png")
 
 
-def radar(report: dict, arms: list[str], titles: dict[str, str]):
+def radar(report: dict, arms: list[str]):
     """Speed-up by task, one outline an arm; with fewer than three tasks there is no outline, so bars."""
     tasks = report["tasks"]
     speed = {name: [report["cells"][name][task]["speedup"] for task in tasks] for name in arms}
-    names = [titles[task] for task in tasks]
+    names = [report["titles"][task] for task in tasks]
     looks = _looks(report, arms)
     if len(tasks) < 3:
         figure, axes = plt.subplots(figsize=(6.4, 4.2))
@@ -162,3 +169,33 @@ def _save(figure, path: Path) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=130, bbox_inches="tight", format="png")
     plt.close(figure)
+
+
+def draw_folder(folder: str | Path) -> list[Path]:
+    """Draw what the folder's table.json and speed.json hold; the pictures made. Raises InputError for neither."""
+    folder = existing(folder, "results folder")
+    found = [folder / name for name in ("table.json", "speed.json") if (folder / name).exists()]
+    if not found:
+        raise InputError(
+            f"{folder}: neither table.json nor speed.json; give the --out of evaluation.run or speed_model"
+        )
+    for path in found:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "table.json":
+            draw(report, folder)
+        else:
+            draw_speed_model(report["points"], folder)
+    return sorted(folder.glob("*.png"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(
+        "python -m evaluation.charts", "Draw a results folder's pictures.", "python -m evaluation.charts results/NAME"
+    )
+    p.add_argument("folder", metavar="FOLDER")
+    for path in draw_folder(p.parse_args(argv).folder):
+        print(path)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from evaluation import charts, harness, metrics, table
+from evaluation import harness, metrics, table
 from evaluation.arms import REPEAT, Arm, parse_arms
 from evaluation.client import Server
 from evaluation.harness import Settings
@@ -217,15 +218,26 @@ def main(argv: list[str] | None = None) -> None:
     found, environments = ask_or_exit(plan, args.repeat_questions)
     lines = result_lines(plan, found, environments)
     write_jsonl(plan.out / "results.jsonl", lines)
-    report = table.build(lines, {(arm.name, task.name): rows for arm, task, rows in found})
+    answers = {(arm.name, task.name): rows for arm, task, rows in found}
+    report = table.build(lines, answers, {task.name: task.title for task in plan.tasks})
     write_json(plan.out / "table.json", report)
-    text = table.markdown(report, plan.tasks)
+    text = table.markdown(report)
     with atomic(plan.out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    charts.draw(report, {task.name: task.title for task in plan.tasks}, plan.out)
     config = vars(args) | {"dtype": plan.dtype, "sglang_flags": sglang_flags}
     write_provenance(plan.out, config, [path for path in plan.files.values() if path])
     print(text)
+    draw_charts(plan.out)
+
+
+def draw_charts(out: Path) -> None:
+    """Last, and not at all on a machine without matplotlib: the figures are what cannot be had again."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no matplotlib here; draw the pictures elsewhere: python -m evaluation.charts {out}", file=sys.stderr)
+        return
+    from evaluation import charts
+
+    charts.draw_folder(out)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluation import charts, harness, shapes, trace
+from evaluation import harness, shapes, trace
 from evaluation.client import Server
-from evaluation.run import split_flags
+from evaluation.run import draw_charts, split_flags
 from evaluation.turn import BackendError, Turn
 from fastmtp import serve
 from fastmtp.cli import InputError, Parser, run
@@ -232,9 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     table = markdown(report)
     with atomic(out / "speed.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
-    charts.draw_speed_model(report["points"], out)
     write_provenance(out, vars(args) | {"sglang_flags": flags}, [] if args.rates == "paper" else [args.rates])
     print(table)
+    draw_charts(out)
 
 
 def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Path) -> list[dict]:

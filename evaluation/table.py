@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from evaluation import metrics
 from evaluation.arms import REPEAT
-from evaluation.questions import Task
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
 FEW = 20  # questions below which an interval says little
 
 
-def build(lines: list[dict], answers: dict[tuple[str, str], list[dict]]) -> dict:
-    """`{"tasks", "arms", "cells": {arm: {task: {...}}}, "average": {arm: {...}}, "drift", "warnings"}`."""
+def build(lines: list[dict], answers: dict[tuple[str, str], list[dict]], titles: dict[str, str]) -> dict:
+    """`{"tasks", "titles", "arms", "cells": {arm: {task: {...}}}, "average": {arm: {...}}, "drift", "warnings"}`."""
     arms = [name for name in dict.fromkeys(line["arm"] for line in lines) if name != REPEAT]
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     cells: dict[str, dict[str, dict]] = {name: {} for name in arms}
@@ -34,14 +33,8 @@ def build(lines: list[dict], answers: dict[tuple[str, str], list[dict]]) -> dict
         for name in arms
     }
     drift = {line["task"]: line["speedup"] - 1 for line in lines if line["arm"] == REPEAT and line["speedup"]}
-    report = {
-        "tasks": tasks,
-        "arms": arms,
-        "cells": cells,
-        "average": average,
-        "position_rates": pooled,
-        "drift": drift,
-    }
+    report = {"tasks": tasks, "titles": titles, "arms": arms, "cells": cells, "average": average}
+    report |= {"position_rates": pooled, "drift": drift}
     return report | {"environment": lines[0]["environment"], "warnings": warnings(lines, drift)}
 
 
@@ -97,8 +90,8 @@ def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
     return found
 
 
-def markdown(report: dict, tasks: list[Task]) -> str:
-    titles = {task.name: task.title for task in tasks}
+def markdown(report: dict) -> str:
+    titles = report["titles"]
     where = report["environment"]
     place = where["gpu"] or "CPU"
     versions = where["versions"]

@@ -11,7 +11,7 @@ import pytest
 from stand_in import free_port
 from tiny_model import save_tokenizer
 
-from evaluation import run, table
+from evaluation import charts, run, table
 from evaluation.arms import REPEAT, parse_arms
 from evaluation.harness import load_tokenizer
 from fastmtp import serve
@@ -130,6 +130,13 @@ def test_the_whole_table_over_servers(model, questions, started, tmp_path, capsy
     assert set(report["drift"]) == {"nq_qa", "nq_rag", "cnn_dm"}
     spans = report["cells"]["fastmtp:3"]["nq_qa"]["intervals"]
     assert spans["accept_length"][0] <= by["fastmtp:3", "nq_qa"]["accept_length"] <= spans["accept_length"][1]
+
+    # The pictures again, from the figures alone.
+    (out / "radar.png").unlink()
+    charts.main([str(out)])
+    assert (out / "radar.png").exists()
+    with pytest.raises(InputError, match="neither table.json nor speed.json"):
+        charts.main([str(tmp_path)])
 
     # The same command again: no server, the same numbers.
     run.main(arguments(model, questions, out, *more, "--", "--mem-fraction-static=0.5"))
