@@ -119,6 +119,10 @@ def markdown(report: dict) -> str:
         f"{place}, {engine}, {where['settings'].get('dtype')}, {where['finished']}. Speed-up (accept length); "
         "baseline in tokens/s, end to end. Averages are means over tasks.",
         _grid(head, rows),
+    ]
+    if report["warnings"]:
+        parts += ["**Be careful:**", "\n".join(f"- {text}" for text in report["warnings"])]
+    parts += [
         "![speed-up by task](radar.png) ![accept length and speed by draft steps](steps.png) "
         "![acceptance by position](acceptance.png)",
         "## Detail",
@@ -127,8 +131,6 @@ def markdown(report: dict) -> str:
     if report["drift"]:
         changes = ", ".join(f"{titles[task]} {change:+.1%}" for task, change in report["drift"].items())
         parts.append(f"Baseline asked again at the end, change in tokens/s: {changes}.")
-    if report["warnings"]:
-        parts += ["## What to be careful about", "\n".join(f"- {text}" for text in report["warnings"])]
     return "\n\n".join(parts) + "\n"
 
 
