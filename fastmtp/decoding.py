@@ -12,9 +12,9 @@ The head's keys of committed tokens always come from true backbone states (recur
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,8 @@ def accept_sampled(drafts: list[int], q: Tensor, p: Tensor, generator: torch.Gen
         u = torch.rand((), generator=generator, device=generator.device).item()
         if u * q[i, token].item() >= p[i, token].item():
             residual = (p[i] - q[i]).clamp(min=0)
+            if not residual.any():  # p and q equal but for rounding
+                residual = p[i]
             return i, int(torch.multinomial(residual, 1, generator=generator))
     return len(drafts), int(torch.multinomial(p[len(drafts)], 1, generator=generator))
 
@@ -201,7 +203,8 @@ def generate(
             accepted, extra = accept_sampled(drafts, q, distribution(logits), generator)
         else:
             accepted, extra = accept_greedy(drafts, logits.argmax(-1).tolist())
-        cache.crop(last + accepted + 1)
+        if accepted < len(drafts):  # newer transformers count what to remove; older ones empty the cache at 0
+            cache.crop(accepted - len(drafts))
         new = [*drafts[:accepted], extra]
         stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         kept = new[: min(stop, goal - len(tokens))]

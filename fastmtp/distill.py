@@ -7,17 +7,29 @@ In-process batched generation. Token ids are kept exactly; a killed run continue
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache
 
 from fastmtp import files
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.decoding import Model, load, read_prompts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn; the defaults are the paper's. temperature 0 is greedy."""
+
+    max_new_tokens: int = 4096
+    temperature: float = 0.6
+    top_k: int = 20
+    top_p: float = 0.95
 
 
 def turns(messages: list[dict]) -> list[list[dict]]:
@@ -38,25 +50,59 @@ def batches(model: Model, prompts: list[dict], size: int) -> list[list[dict]]:
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Next token of each row. logits: [B, V] -> [B] int64. Sorts the top k alone, not the vocabulary."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    values, ids = logits.float().topk(min(sampling.top_k, logits.shape[-1]))
+    shares = (values / sampling.temperature).softmax(-1)
+    before = shares.cumsum(-1) - shares  # mass in front of each token: the first one is always kept
+    shares = shares.masked_fill(before >= sampling.top_p, 0.0)
+    return ids.gather(1, torch.multinomial(shares, 1, generator=generator)).squeeze(1)
+
+
 @torch.inference_mode()
-def answer(model: Model, prompts: list[list[int]], config: GenerationConfig, seed: int) -> list[list[int]]:
-    """Generate for a batch of prompts (token ids); answers end with an end token, or were cut at the limit."""
+def answer(model: Model, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
+    """Generate for a batch of prompts (token ids); answers end with an end token, or were cut at the limit.
+
+    Rows that have ended leave the batch once they are a quarter of it, so that a few long answers stay cheap.
+    """
+    net, device = model.net, model.net.lm_head.weight.device
+    generator = torch.Generator(device=device).manual_seed(seed)
     longest = max(map(len, prompts))
-    device = model.net.lm_head.weight.device
-    pad = config.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    torch.manual_seed(seed)
-    out = model.net.generate(ids, attention_mask=mask, generation_config=config)[:, longest:].tolist()
-    return [row[: next((i + 1 for i, t in enumerate(row) if t in model.eos_ids), len(row))] for row in out]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=net.config)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    rows, alive = list(range(len(prompts))), [True] * len(prompts)
+    while True:
+        states = net.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        ids = choose(net.lm_head(states[:, -1]), sampling, generator)[:, None]
+        for i, token in enumerate(ids[:, 0].tolist()):
+            if alive[i]:
+                outputs[rows[i]].append(token)
+                alive[i] = token not in model.eos_ids and len(outputs[rows[i]]) < sampling.max_new_tokens
+        if not any(alive):
+            return outputs
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if sum(alive) <= 0.75 * len(rows):
+            keep = [i for i, going in enumerate(alive) if going]
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            ids, mask, positions = ids[index], mask[index], positions[index]
+            rows, alive = [rows[i] for i in keep], [True] * len(keep)
 
 
-def answer_batch(model: Model, rows: list[dict], config: GenerationConfig, seed: int) -> list[dict]:
+def answer_batch(model: Model, rows: list[dict], sampling: Sampling, seed: int) -> list[dict]:
     """Answer every turn of every row, in order; one output line a row (the contract in the README).
 
     Raises InputError for a prompt that leaves no room for the longest answer in the model's context.
     """
-    room = model.net.config.max_position_embeddings - config.max_new_tokens
+    room = model.net.config.max_position_embeddings - sampling.max_new_tokens
     parts = [turns(row["messages"]) for row in rows]
     chats: list[list[dict]] = [[] for _ in rows]
     samples: list[dict] = [{} for _ in rows]
@@ -71,7 +117,7 @@ def answer_batch(model: Model, rows: list[dict], config: GenerationConfig, seed:
                     f"prompt '{rows[i]['id']}' has {len(ids)} tokens, the model's context leaves {room}; "
                     "shorten it or lower --max-new-tokens"
                 )
-        for i, ids, output in zip(where, asked, answer(model, asked, config, seed + turn), strict=True):
+        for i, ids, output in zip(where, asked, answer(model, asked, sampling, seed + turn), strict=True):
             text = model.tokenizer.decode(output, skip_special_tokens=True)
             chats[i].append({"role": "assistant", "content": text, "token_ids": output})
             samples[i] = {
@@ -88,16 +134,7 @@ def answer_batch(model: Model, rows: list[dict], config: GenerationConfig, seed:
 
 def distill(model: Model, prompts: list[dict], args) -> int:
     """Answer all prompts into `args.out`; returns the number of output tokens."""
-    ends = sorted(model.eos_ids)
-    config = GenerationConfig(
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature > 0,
-        temperature=args.temperature if args.temperature > 0 else None,
-        top_k=args.top_k if args.temperature > 0 else None,
-        top_p=args.top_p if args.temperature > 0 else None,
-        eos_token_id=ends,
-        pad_token_id=model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else ends[0],
-    )
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     total = 0
     with (
         files.growing(args.out, vars(args)) as (done, write),
@@ -106,7 +143,7 @@ def distill(model: Model, prompts: list[dict], args) -> int:
         for number, batch in enumerate(batches(model, prompts, args.batch_size)):
             if all(row["id"] in done for row in batch):
                 continue
-            for sample in answer_batch(model, batch, config, args.seed + 1000 * number):
+            for sample in answer_batch(model, batch, sampling, args.seed + 1000 * number):
                 if sample["id"] not in done:
                     write(sample)
                     bar.update()
@@ -127,10 +164,11 @@ def parser() -> Parser:
     p.add_argument("--split", help="use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
     p.add_argument("--out", required=True, help="distilled samples, jsonl")
-    p.add_argument("--max-new-tokens", type=int, default=4096, help="longest answer (default 4096, as the paper)")
-    p.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6, as the paper)")
-    p.add_argument("--top-k", type=int, default=20, help="default 20, as the paper")
-    p.add_argument("--top-p", type=float, default=0.95, help="default 0.95, as the paper")
+    default = Sampling()
+    p.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="longest answer (default %(default)s)")
+    p.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy (default %(default)s)")
+    p.add_argument("--top-k", type=int, default=default.top_k, help="keep the k likeliest tokens (default %(default)s)")
+    p.add_argument("--top-p", type=float, default=default.top_p, help="of those, keep this mass (default %(default)s)")
     p.add_argument("--batch-size", type=int, default=32, help="prompts generated together (default 32)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -140,7 +178,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    for flag in ("max_new_tokens", "batch_size"):
+    for flag in ("max_new_tokens", "batch_size", "top_k"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
     if args.temperature < 0:

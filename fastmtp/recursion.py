@@ -17,7 +17,8 @@ Both agree at step 1. Imports torch alone.
 
 from __future__ import annotations
 
-from typing import Callable, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
