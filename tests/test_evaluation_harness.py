@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from stand_in import StandIn, accounting, answer_ids
-from tiny_model import save_tokenizer
+from tiny import chatml_tokenizer
 
 from evaluation import harness
 from evaluation.client import Server
@@ -54,7 +54,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
+    chatml_tokenizer().save_pretrained(folder)
     found = harness.load_tokenizer(str(folder))
     found.folder = str(folder)
     return found

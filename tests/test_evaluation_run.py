@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from stand_in import free_port
-from tiny_model import save_tokenizer
+from tiny import chatml_tokenizer
 
 from evaluation import charts, run, table
 from evaluation.arms import REPEAT, parse_arms
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 def model(tmp_path_factory):
     """A folder that passes for an exported model: a config and a tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    save_tokenizer(folder)
+    chatml_tokenizer().save_pretrained(folder)
     config = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "vocab_size": 65, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)

@@ -4,18 +4,15 @@ import json
 
 import pytest
 import torch
-from tiny_model import save_mimo
 
 from evaluation import lossless
 from fastmtp import decoding
 from fastmtp.cli import InputError
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    save_mimo(folder)
-    return str(folder)
+@pytest.fixture
+def model(base_folder):
+    return str(base_folder)
 
 
 @pytest.fixture
