@@ -29,8 +29,9 @@ class Backbone:
     """The model as plain decoding sees it, in float32 through stock transformers: no drafts, no cache, no kernels."""
 
     def __init__(self, folder: str, device: str):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, logging
 
+        logging.set_verbosity_error()  # it would list the MTP head's tensors, which plain decoding rightly leaves out
         import fastmtp.modeling_mimo  # noqa: F401  (registers the released checkpoints' model type)
 
         self.net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
