@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "fine-tune the head through `swift sft` on a recipe",
     "export": "head + base -> one folder that SGLang and vLLM load as it is",
     "acceptance": "accept length (tau) and per-position rates from one teacher-forced pass",
+    "serve": "start an SGLang server with the head's drafts and wait until it answers",
     "decoding": "reference speculative decoder: plain against drafts on your prompts",
     "report": "markdown table, loss curves and acceptance curves of a run",
     "quickstart": "all of the above on a small real model",

@@ -1,0 +1,201 @@
+"""Pictures of a table.json: speed-up by task, accept length and speed against K, acceptance by position.
+
+    python -m evaluation.charts results/NAME
+
+draws them again, or for the first time where the measuring machine had no matplotlib; also a speed.json's picture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from fastmtp.cli import InputError, Parser, run  # noqa: E402
+from fastmtp.files import atomic, existing  # noqa: E402
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+LINES = ["-", "--", "-.", ":"]
+
+
+def draw(report: dict, out: Path) -> None:
+    """radar.png, steps.png, acceptance.png in `out`, as far as the report has drafting arms."""
+    arms = [name for name in report["arms"] if name != "baseline"]
+    if not arms:
+        return
+    if all(report["average"][name]["speedup"] for name in arms):
+        _save(radar(report, arms), out / "radar.png")
+    _save(steps(report, arms), out / "steps.png")
+    _save(acceptance(report, arms), out / "acceptance.png")
+
+
+def radar(report: dict, arms: list[str]):
+    """Speed-up by task, one outline an arm; with fewer than three tasks there is no outline, so bars."""
+    tasks = report["tasks"]
+    speed = {name: [report["cells"][name][task]["speedup"] for task in tasks] for name in arms}
+    names = [report["titles"][task] for task in tasks]
+    looks = _looks(report, arms)
+    if len(tasks) < 3:
+        figure, axes = plt.subplots(figsize=(6.4, 4.2))
+        width = 0.8 / len(arms)
+        for number, name in enumerate(arms):
+            places = [x + (number - (len(arms) - 1) / 2) * width for x in range(len(tasks))]
+            bars = axes.bar(places, speed[name], width * 0.92, label=name, color=looks[name]["color"])
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+            for bar in bars:
+                bar.set_alpha(looks[name]["alpha"])
+        axes.set_xticks(range(len(tasks)), names)
+        axes.axhline(1.0, color="grey", linewidth=1)
+        axes.set_ylabel("speed-up over plain decoding")
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+        return figure
+    angles = [2 * math.pi * n / len(tasks) for n in range(len(tasks))]
+    figure, axes = plt.subplots(figsize=(7.2, 5.6), subplot_kw={"projection": "polar"})
+    axes.set_theta_offset(math.pi / 2)
+    axes.set_theta_direction(-1)
+    closed = [*angles, angles[0]]
+    axes.plot(closed, [1.0] * len(closed), color="grey", linewidth=1.2, label="plain decoding")
+    for name in arms:
+        axes.plot(closed, [*speed[name], speed[name][0]], **looks[name], linewidth=1.8, markersize=4, label=name)
+    axes.set_xticks(angles, names, fontsize=9)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = math.sin(angle)  # labels on the right begin at the circle, those on the left end there
+        label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
+    top = max(1.0, *(value for values in speed.values() for value in values))
+    axes.set_ylim(0, top * 1.08)
+    axes.set_rlabel_position(180 / len(tasks))
+    axes.tick_params(axis="y", labelsize=7, colors="#555555")
+    axes.set_title("speed-up over plain decoding", fontsize=11, pad=14)
+    axes.legend(loc="center left", bbox_to_anchor=(1.3, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def steps(report: dict, arms: list[str]):
+    """Mean accept length and mean speed-up (tokens/s without a baseline) against K, one line for each head and map."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0))
+    has_speedup = all(report["average"][name]["speedup"] for name in arms)
+    key = "speedup" if has_speedup else "throughput"
+    families = _families(report, arms)
+    for number, (family, members) in enumerate(families.items()):
+        ks = [k for k, _ in members]
+        for axes, what in ((left, "accept_length"), (right, key)):
+            values = [report["average"][name][what] for _, name in members]
+            axes.plot(ks, values, **_style(number), label=family)
+    every = sorted({k for members in families.values() for k, _ in members})
+    for axes in (left, right):
+        axes.set_xticks(every)
+        axes.set_xlabel("draft steps K")
+        axes.margins(0.12)
+        axes.grid(alpha=0.3)
+    left.set_ylabel("accept length (tokens per verify pass)")
+    right.set_ylabel("speed-up over plain decoding" if has_speedup else "tokens/s")
+    if has_speedup:
+        right.axhline(1.0, color="grey", linewidth=1)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def acceptance(report: dict, arms: list[str]):
+    """Share of verify passes that accept position i, pooled over tasks; each family's longest chain."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for number, members in enumerate(_families(report, arms).values()):
+        _, name = members[-1]
+        rates = report["position_rates"][name]
+        axes.plot(range(1, len(rates) + 1), rates, **_style(number), label=name)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("draft position")
+    axes.set_ylabel("share of verify passes that accept it")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def draw_speed_model(points: list[dict], out: Path) -> None:
+    """speed.png: speed-up against K, one line a draft vocabulary, measured and (thin) as memory bandwidth bounds it."""
+    plain = next(point for point in points if point["num_steps"] == 0)
+    figure, axes = plt.subplots(figsize=(6.8, 4.4))
+    for number, name in enumerate(dict.fromkeys(p["map"] for p in points if p["num_steps"])):
+        rows = sorted((p for p in points if p["num_steps"] and p["map"] == name), key=lambda p: p["num_steps"])
+        ks, look = [p["num_steps"] for p in rows], _style(number)
+        axes.plot(ks, [p["speedup"] for p in rows], **look, label=f"{name or 'full'} head")
+        bound = [p["tau"] / p["bound_ms"] * plain["bound_ms"] for p in rows]
+        axes.plot(ks, bound, color=look["color"], linewidth=1, linestyle=":")
+    axes.plot([], [], color="grey", linewidth=1, linestyle=":", label="bandwidth bound")
+    axes.axhline(1.0, color="grey", linewidth=1)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.set_xlabel("draft steps K")
+    axes.set_ylabel("speed-up over plain decoding")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, out / "speed.png")
+
+
+def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]:
+    """`fastmtp+en32k` -> [(1, "fastmtp:1+en32k"), ...], by K."""
+    families: dict[str, list[tuple[int, str]]] = {}
+    for name in arms:
+        k = report["cells"][name][report["tasks"][0]]["num_steps"]
+        family = name.replace(f":{k}", "", 1)
+        families.setdefault(family, []).append((k, name))
+    return {family: sorted(members) for family, members in families.items()}
+
+
+def _style(number: int) -> dict:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _looks(report: dict, arms: list[str]) -> dict[str, dict]:
+    """A colour and marker for each head and map; its largest K drawn solid, smaller ones broken and paler."""
+    looks = {}
+    for number, members in enumerate(_families(report, arms).values()):
+        for rank, (_, name) in enumerate(reversed(members)):
+            fade = {"linestyle": LINES[rank % len(LINES)], "alpha": max(0.35, 1 - 0.25 * rank)}
+            looks[name] = _style(number) | fade
+    return looks
+
+
+def _save(figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130, bbox_inches="tight", format="png")
+    plt.close(figure)
+
+
+def draw_folder(folder: str | Path) -> list[Path]:
+    """Draw what the folder's table.json and speed.json hold; the pictures made. Raises InputError for neither."""
+    folder = existing(folder, "results folder")
+    found = [folder / name for name in ("table.json", "speed.json") if (folder / name).exists()]
+    if not found:
+        raise InputError(
+            f"{folder}: neither table.json nor speed.json; give the --out of evaluation.run or speed_model"
+        )
+    for path in found:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "table.json":
+            draw(report, folder)
+        else:
+            draw_speed_model(report["points"], folder)
+    return sorted(folder.glob("*.png"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(
+        "python -m evaluation.charts", "Draw a results folder's pictures.", "python -m evaluation.charts results/NAME"
+    )
+    p.add_argument("folder", metavar="FOLDER")
+    for path in draw_folder(p.parse_args(argv).folder):
+        print(path)
+
+
+if __name__ == "__main__":
+    run(main)

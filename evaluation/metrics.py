@@ -1,0 +1,144 @@
+"""From answers to numbers: accept length, per-position rates, throughput, and how far each can be trusted.
+
+An answer is `{"question", "turns": [Turn as a dict, ...]}`. Everything here is arithmetic on those, so that every
+figure in a report can be computed again from the answer files.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def turns(answers: list[dict]) -> list[dict]:
+    return [turn for answer in answers for turn in answer["turns"]]
+
+
+def output_tokens(answers: list[dict]) -> int:
+    return sum(len(turn["output_ids"]) for turn in turns(answers))
+
+
+def verify_passes(answers: list[dict]) -> int:
+    """Verify passes; a decoder without speculation spends one pass a token."""
+    return sum(len(t["output_ids"]) if t["verify_passes"] is None else t["verify_passes"] for t in turns(answers))
+
+
+def accept_length(answers: list[dict]) -> float | None:
+    """Output tokens per verify pass, pooled. None where nothing was verified."""
+    passes = verify_passes(answers)
+    return output_tokens(answers) / passes if passes else None
+
+
+def histogram(answers: list[dict], num_steps: int) -> list[int]:
+    """Pooled counts, [num_steps + 1]: entry j = verify passes with exactly j accepted drafts."""
+    total = [0] * (num_steps + 1)
+    for turn in turns(answers):
+        for accepted, count in enumerate(turn["histogram"]):
+            total[accepted] += count
+    return total
+
+
+def position_rates(answers: list[dict], num_steps: int) -> list[float]:
+    """[num_steps]: share of verify passes whose draft i+1 was accepted (and so every draft before it)."""
+    counts = histogram(answers, num_steps)
+    passes = sum(counts)
+    return [sum(counts[i + 1 :]) / passes for i in range(num_steps)] if passes else [0.0] * num_steps
+
+
+def wall_seconds(answers: list[dict]) -> float:
+    """Seconds during which at least one request was in flight: pauses of an interrupted run do not count."""
+    spans = sorted((t["started"], t["started"] + t["latency_s"]) for t in turns(answers))
+    total, end = 0.0, float("-inf")
+    for start, stop in spans:
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def decode_throughput(answers: list[dict]) -> float | None:
+    """Tokens per second of one stream after its first token, so without prefill. None if all were one token long."""
+    tokens = sum(len(t["output_ids"]) - t["first_tokens"] for t in turns(answers))
+    seconds = sum(t["latency_s"] - t["first_s"] for t in turns(answers) if len(t["output_ids"]) > t["first_tokens"])
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+def identical(answers: list[dict], reference: list[dict]) -> dict:
+    """Compare outputs token by token, by question: `{"reference", "questions", "identical", "share"}`."""
+    expected = {a["question"]: [t["output_ids"] for t in a["turns"]] for a in reference}
+    pairs = [([t["output_ids"] for t in a["turns"]], expected.get(a["question"])) for a in answers]
+    pairs = [(ours, theirs) for ours, theirs in pairs if theirs is not None]
+    same = sum(ours == theirs for ours, theirs in pairs)
+    share = same / len(pairs) if pairs else None
+    return {"reference": "baseline", "questions": len(pairs), "identical": same, "share": share}
+
+
+def intervals(answers: list[dict], baseline: list[dict] | None, resamples: int = 2000, seed: int = 0) -> dict:
+    """95 % bootstrap intervals over questions: {"accept_length": [low, high], "throughput": ..., "speedup": ...}.
+
+    Throughput here is tokens over summed request latencies, which is the reported throughput at one request at a
+    time. The speed-up is paired: each resample takes the same questions of both arms. One question has no interval.
+    """
+    ours = {a["question"]: a for a in answers}
+    theirs = {a["question"]: a for a in baseline or []}
+    questions = [q for q in ours if q in theirs] if theirs else list(ours)
+    if len(questions) < 2:
+        return {}
+    columns = np.array([_sums(ours[q]) + (_sums(theirs[q]) if theirs else ()) for q in questions], dtype=float)
+    picks = np.random.default_rng(seed).integers(len(questions), size=(resamples, len(questions)))
+    sums = columns[picks].sum(axis=1)  # [resamples, columns]
+    tokens, passes, seconds = sums[:, 0], sums[:, 1], sums[:, 2]
+    found = {"accept_length": tokens / np.maximum(passes, 1), "throughput": tokens / seconds}
+    if theirs:
+        found["speedup"] = (tokens / seconds) / (sums[:, 3] / sums[:, 5])
+    return {name: [float(x) for x in np.percentile(values, [2.5, 97.5])] for name, values in found.items()}
+
+
+def _sums(answer: dict) -> tuple[float, float, float]:
+    """Tokens, verify passes, seconds of one question."""
+    one = [answer]
+    return output_tokens(one), verify_passes(one), sum(t["latency_s"] for t in answer["turns"])
+
+
+def result_line(
+    answers: list[dict],
+    *,
+    task: str,
+    arm: str,
+    model: str,
+    num_steps: int,
+    token_map: str | None,
+    temperature: float,
+    config: dict,
+    environment: dict,
+    baseline: list[dict] | None = None,
+    baseline_throughput: float | None = None,
+) -> dict:
+    """The contract's line: exactly these keys, whoever writes it.
+
+    `speedup` divides throughputs, end to end, and is None without a baseline of the same questions. `lossless` is {}
+    without a baseline's answers, and when sampling (then only the distribution is kept, not the text).
+    """
+    tokens, wall = output_tokens(answers), wall_seconds(answers)
+    throughput = tokens / wall if wall > 0 else None
+    if baseline is not None:
+        seconds = wall_seconds(baseline)
+        baseline_throughput = output_tokens(baseline) / seconds if seconds > 0 else None
+    greedy_pair = baseline is not None and temperature == 0
+    return {
+        "task": task,
+        "arm": arm,
+        "model": model,
+        "num_questions": len(answers),
+        "num_steps": num_steps,
+        "token_map": token_map,
+        "temperature": temperature,
+        "output_tokens": tokens,
+        "wall_s": wall,
+        "throughput": throughput,
+        "decode_throughput": decode_throughput(answers),
+        "accept_length": accept_length(answers),
+        "position_rates": position_rates(answers, num_steps),
+        "speedup": throughput / baseline_throughput if throughput and baseline_throughput else None,
+        "lossless": identical(answers, baseline) if greedy_pair else {},
+        "config": config,
+        "environment": environment,
+    }

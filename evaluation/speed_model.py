@@ -1,0 +1,304 @@
+"""Speed at a shape whose weights are not at hand: dummy weights, SGLang's simulated accept length, one stream.
+
+    python -m evaluation.speed_model --shape mimo-7b --steps 1,2,3 --maps full,32k --rates paper --out results/speed_7b
+
+Drafting, verification and the draft's extension run as they would; only how many drafts count as accepted is drawn
+so that its mean is the accept length of `--rates`. So time a cycle is measured and accept length assumed. A server
+is started for every point (SGLang reads the simulated length once); finished points are not measured again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from evaluation import harness, shapes, trace
+from evaluation.client import Server
+from evaluation.run import draw_charts, split_flags
+from evaluation.turn import BackendError, Turn
+from fastmtp import serve
+from fastmtp.cli import InputError, Parser, run
+from fastmtp.files import atomic, read_jsonl, write_json, write_provenance
+from fastmtp.token_map import parse_size
+
+PROFILED_CYCLES = 40
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. num_steps 0: plain decoding; head_rows: draft vocabulary; tau: simulated accept length."""
+
+    num_steps: int
+    map_name: str | None
+    head_rows: int
+    tau: float
+
+    @property
+    def name(self) -> str:
+        if not self.num_steps:
+            return "baseline"
+        return f"k{self.num_steps}-{self.map_name or 'full'}"
+
+    def environment(self) -> dict[str, str]:
+        """What makes SGLang accept `tau` tokens a pass on average, with real draft tokens in the output."""
+        if not self.num_steps:
+            return {}
+        return {
+            "SGLANG_SIMULATE_ACC_LEN": f"{self.tau:.4f}",
+            "SGLANG_SIMULATE_ACC_METHOD": "match-expected",
+            "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
+        }
+
+
+def points(shape: dict, steps: str, maps: str, rates: shapes.Rates) -> list[Point]:
+    """Baseline, then every K with every map. Raises InputError for what cannot be measured."""
+    try:
+        wanted = [int(step) for step in steps.split(",")]
+    except ValueError:
+        raise InputError(f"--steps {steps}: expected whole numbers such as 1,2,3") from None
+    if min(wanted) < 1:
+        raise InputError(f"--steps {steps}: plain decoding is measured anyway; give numbers from 1")
+    found = [Point(0, None, shape["vocab_size"], 1.0)]
+    for name in maps.split(","):
+        map_name = None if name == "full" else name
+        rows = shape["vocab_size"] if map_name is None else parse_size(re.sub(r"^[A-Za-z_]+", "", name))
+        if rows > shape["vocab_size"]:
+            raise InputError(f"--maps {name}: larger than the vocabulary of {shape['vocab_size']}")
+        found += [Point(k, map_name, rows, rates.tau(k, map_name)) for k in wanted]
+    return found
+
+
+def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str]:
+    """SGLang's command line for one point; the map's file is made beside the model folder."""
+    defaults = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--random-seed", "0"]
+    defaults += ["--mem-fraction-static", "0.7", "--context-length", "4096"]
+    defaults += ["--max-running-requests", "1", "--cuda-graph-max-bs-decode", "1", "--disable-prefill-cuda-graph"]
+    defaults += ["--skip-server-warmup", "--grammar-backend", "none"]
+    token_map = None
+    if point.map_name:
+        # Which rows does not matter to speed; how many does.
+        token_map = folder / f"map_{point.map_name}.pt"
+        with atomic(token_map) as temporary:
+            torch.save(torch.arange(point.head_rows, dtype=torch.int64), temporary)
+    flags = serve.without(defaults, flags) + flags
+    return serve.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, flags)
+
+
+async def measure(url: str, point: Point, requests: int, prompt_tokens: int, tokens: int, timeout: float) -> list[Turn]:
+    """`requests` answers of exactly `tokens` tokens, one after the other, after two short ones as warm-up."""
+    draw = random.Random(0)
+    async with Server(url, timeout) as server:
+        for _ in range(2):
+            await server.ask([draw.randrange(1000, 30000) for _ in range(prompt_tokens)], 64, ignore_eos=True)
+        turns = []
+        for _ in range(requests):
+            prompt = [draw.randrange(1000, 30000) for _ in range(prompt_tokens)]
+            turns.append(await server.ask(prompt, tokens, ignore_eos=True))
+    for turn in turns:
+        if len(turn.output_ids) != tokens:
+            raise BackendError(f"{point.name}: {len(turn.output_ids)} tokens came instead of {tokens}")
+        if (turn.verify_passes is None) != (point.num_steps == 0):
+            raise BackendError(
+                f"{point.name}: the server {'does not draft' if point.num_steps else 'drafts'}; see its log"
+            )
+    return turns
+
+
+async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) -> dict:
+    """Trace PROFILED_CYCLES cycles of one request; the summary of evaluation.trace."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.glob("*.trace.json.gz"))
+    async with Server(url, timeout) as server:
+        # Prefill counts as a step too; two steps of slack keep the whole trace within the request.
+        request = {"output_dir": str(folder.resolve()), "num_steps": PROFILED_CYCLES, "activities": ["CPU", "GPU"]}
+        await server.post("/start_profile", request)
+        await server.ask(list(range(1000, 1000 + prompt_tokens)), 8 * PROFILED_CYCLES, ignore_eos=True)
+    end, size = time.monotonic() + 120, -1
+    while time.monotonic() < end:
+        new = sorted(set(folder.glob("*.trace.json.gz")) - before)
+        if new and new[0].stat().st_size == size:
+            return trace.summarise(trace.read_events(new[0]), PROFILED_CYCLES)
+        size = new[0].stat().st_size if new else -1
+        await asyncio.sleep(2)
+    raise BackendError(f"{folder}: no trace appeared within 120 s; see the server's log")
+
+
+def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, bandwidth: float) -> dict:
+    """One measured point: tokens/s and ms a cycle without prefill, and the share of the bandwidth bound.
+
+    bandwidth: bytes/s. The bound takes the same accept length; only the time of a cycle is compared.
+    """
+    tokens = sum(len(t.output_ids) - t.first_tokens for t in turns)
+    seconds = sum(t.latency_s - t.first_s for t in turns)
+    cycles = tokens if not point.num_steps else sum(t.verify_passes for t in turns)
+    context = prompt_tokens + len(turns[0].output_ids) // 2
+    read = shapes.cycle_bytes(shape, point.num_steps, point.head_rows, context)
+    speeds = [(len(t.output_ids) - t.first_tokens) / (t.latency_s - t.first_s) for t in turns]
+    return {
+        "name": point.name,
+        "num_steps": point.num_steps,
+        "map": point.map_name,
+        "head_rows": point.head_rows,
+        "tau_asked": point.tau,
+        "tau": tokens / cycles,
+        "tokens_per_s": tokens / seconds,
+        "spread": statistics.stdev(speeds) if len(speeds) > 1 else None,
+        "ms_per_cycle": 1000 * seconds / cycles,
+        "bytes_per_cycle": read,
+        "bound_ms": 1000 * read / bandwidth,
+        "bound_share": read / bandwidth / (seconds / cycles),
+    }
+
+
+def copy_bandwidth(size: int = 4 << 30, repeats: int = 20) -> float:
+    """Bytes/s of copying on the GPU, read and write counted: what a memory-bound kernel can hope for."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        target.copy_(source)
+    begin.record()
+    for _ in range(repeats):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    seconds = begin.elapsed_time(end) / 1000
+    del source, target
+    torch.cuda.empty_cache()
+    return 2 * size * repeats / seconds
+
+
+def parser() -> Parser:
+    p = Parser(
+        "python -m evaluation.speed_model",
+        "Tokens/s, ms a cycle and speed-up at a shape with dummy weights, for K and maps. Flags after -- go to SGLang.",
+        "python -m evaluation.speed_model --shape mimo-7b --steps 1,2,3,4,5,6,7 --maps full,8k,16k,32k,64k"
+        " --out results/speed_7b",
+    )
+    p.add_argument("--shape", choices=sorted(shapes.SHAPES), default="mimo-7b")
+    p.add_argument("--steps", default="1,2,3,4,5,6,7", help="draft steps K (default %(default)s)")
+    p.add_argument(
+        "--maps",
+        default="full,8k,16k,32k,64k",
+        help="draft vocabulary sizes, as 32k or, to find their rates in FILE, as its arms name them: en32k",
+    )
+    p.add_argument(
+        "--rates", default="paper", metavar="paper|FILE", help="acceptance by position: the paper's or a results.jsonl"
+    )
+    p.add_argument("--requests", type=int, default=5, help="answers a point (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=512, help="tokens an answer (default %(default)s)")
+    p.add_argument("--prompt-tokens", type=int, default=64)
+    p.add_argument("--profile", action="store_true", help="also trace each point and say where its cycle's time goes")
+    p.add_argument("--port", type=int, default=30000)
+    p.add_argument("--timeout", type=float, default=300.0, help="seconds one request may take")
+    p.add_argument("--out", required=True, metavar="FOLDER")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    ours, flags = split_flags(argv)
+    args = parser().parse_args(ours)
+    for name in ("requests", "tokens", "prompt_tokens"):
+        if getattr(args, name) < 2:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 2")
+    shape = shapes.SHAPES[args.shape]
+    rates = shapes.read_rates(args.rates)
+    todo = points(shape, args.steps, args.maps, rates)
+    version = serve.sglang_version()
+    if not torch.cuda.is_available():
+        raise InputError("no GPU here; the speed model measures SGLang on one")
+    out = Path(args.out)
+    shapes.write_folder(shape, out / "model")
+    try:
+        rows = measure_all(todo, shape, args, flags, out)
+    except (BackendError, serve.ServerError) as error:
+        sys.exit(
+            f"evaluation.speed_model: error: {error}\nmeasured points are kept in {out}; the same command continues"
+        )
+    facts = {"gpu": harness.gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
+    assumed = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
+    report = facts | {"assumed": assumed, "points": with_speedups(rows)}
+    write_json(out / "speed.json", report)
+    table = markdown(report)
+    with atomic(out / "speed.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    write_provenance(out, vars(args) | {"sglang_flags": flags}, [] if args.rates == "paper" else [args.rates])
+    print(table)
+    draw_charts(out)
+
+
+def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Path) -> list[dict]:
+    """Rows of all points; those in OUT/points.jsonl, made with the same settings, are not measured again."""
+    settings = {"shape": args.shape, "tokens": args.tokens, "prompt_tokens": args.prompt_tokens, "flags": flags}
+    store = out / "points.jsonl"
+    done = {row["name"]: row for _, row in read_jsonl(store)} if store.exists() else {}
+    foreign = [row["name"] for row in done.values() if row["settings"] != settings]
+    if foreign:
+        raise InputError(f"{store}: {foreign[0]} was measured with other settings; name another --out")
+    missing = [p for p in todo if p.name not in done or abs(done[p.name]["tau_asked"] - p.tau) > 1e-9]
+    bandwidth = copy_bandwidth() if missing else 0.0
+    for point in tqdm(missing, desc="points", disable=None):
+        line = command(point, out / "model", args.port, flags)
+        log = out / "logs" / f"{point.name}.log"
+        with serve.Server(line, args.port, log, env=point.environment()) as server:
+            turns = asyncio.run(
+                measure(server.url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout)
+            )
+            row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
+            if args.profile:
+                found = asyncio.run(profile(server.url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+                (out / f"profile-{point.name}.txt").write_text(trace.text(found), encoding="utf-8")
+        done[point.name] = row | {"settings": settings, "command": line, "environment": point.environment()}
+        with atomic(store) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
+        tqdm.write(
+            f"{point.name}: {row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms a cycle", file=sys.stderr
+        )
+    return [done[point.name] for point in todo]
+
+
+def with_speedups(rows: list[dict]) -> list[dict]:
+    plain = next(row for row in rows if row["num_steps"] == 0)["tokens_per_s"]
+    dropped = ("settings", "command", "environment")
+    return [
+        {k: v for k, v in row.items() if k not in dropped} | {"speedup": row["tokens_per_s"] / plain} for row in rows
+    ]
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        f"# Speed at the shape of {report['shape']}, dummy weights",
+        "",
+        f"{report['gpu']}, SGLang {report['sglang']}, one stream, accept lengths simulated from {report['rates']}. Prefill is left "
+        f"out. The bound is a cycle's bytes over a measured copy bandwidth of {report['points'][0]['copy_bandwidth'] / 1e12:.2f} TB/s.",
+        "",
+        "| point | accept length | tok/s | speed-up | ms a cycle | GB a cycle | share of the bound |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["points"]:
+        speed = f"{row['tokens_per_s']:.1f}" + (f" ± {row['spread']:.1f}" if row["spread"] is not None else "")
+        lines.append(
+            f"| {row['name']} | {row['tau']:.2f} | {speed} | {row['speedup']:.2f}x | {row['ms_per_cycle']:.3f} | "
+            f"{row['bytes_per_cycle'] / 1e9:.2f} | {row['bound_share']:.0%} |"
+        )
+    if report["assumed"]:
+        names = ", ".join(report["assumed"])
+        lines += [
+            "",
+            f"Nobody measured the acceptance of {names} here: one accept length is assumed, only the cost differs.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,51 @@
+"""Streams one answer from a running server (`python -m fastmtp.serve`) through the openai client, and times it.
+
+python examples/stream.py "Explain speculative decoding to a child."
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import openai
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", default="Explain speculative decoding to a child.")
+    parser.add_argument("--url", default="http://127.0.0.1:30000/v1")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    args = parser.parse_args(argv)
+
+    client = openai.OpenAI(base_url=args.url, api_key="none", max_retries=0)
+    started, first = time.perf_counter(), None
+    try:
+        stream = client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": args.prompt}],
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        tokens = 0
+        for chunk in stream:
+            if chunk.choices and chunk.choices[0].delta.content:
+                first = first or time.perf_counter()
+                print(chunk.choices[0].delta.content, end="", flush=True)
+            if chunk.usage:
+                tokens = chunk.usage.completion_tokens
+    except openai.OpenAIError as error:
+        sys.exit(f"stream: {args.url}: {error}; is the server running? (python -m fastmtp.serve)")
+    ended = time.perf_counter()
+    print()
+    if first is not None and tokens > 1:
+        speed = (tokens - 1) / (ended - first)
+        print(f"[{tokens} tokens, first after {first - started:.2f} s, then {speed:.1f} tokens/s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

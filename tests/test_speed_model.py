@@ -1,0 +1,198 @@
+"""The 7B speed model without a GPU: bytes, accept lengths, command lines, arithmetic, traces."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stand_in import TRACE, StandIn, free_port
+
+from evaluation import shapes, speed_model, trace
+from evaluation.speed_model import Point
+from evaluation.turn import BackendError, Turn
+from fastmtp import serve
+from fastmtp.cli import InputError
+
+MIMO = shapes.SHAPES["mimo-7b"]
+
+
+def test_bytes_of_mimo_7b_are_those_of_its_weights():
+    """Counted by hand: 4096 wide, 36 layers, 32 and 8 heads of 128, MLP 11008, vocabulary 151680, 2 bytes each."""
+    attention = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 4096 + 2 * 1024
+    layer = attention + 3 * 4096 * 11008 + 2 * 4096
+    assert shapes.layer_bytes(MIMO) == 2 * layer
+    assert shapes.backbone_bytes(MIMO) == pytest.approx(14.0e9, rel=0.002)
+    assert shapes.draft_bytes(MIMO, 0) == pytest.approx(0.4216e9, rel=0.001)
+    assert shapes.draft_bytes(MIMO, 151680) / shapes.backbone_bytes(MIMO) == pytest.approx(0.1189, abs=0.0005)
+    grown = shapes.cycle_bytes(MIMO, 3, 32768, 256) - shapes.cycle_bytes(MIMO, 0, 0, 256)
+    assert grown == 3 * (shapes.draft_bytes(MIMO, 32768) + 2 * 2 * 8 * 128 * 256)
+
+
+def test_the_config_is_one_that_serve_accepts(tmp_path):
+    shapes.write_folder(MIMO, tmp_path)
+    assert serve.check_model(str(tmp_path), 3)["hidden_size"] == 4096
+
+
+def test_the_papers_accept_lengths():
+    assert [shapes.PAPER.tau(k, None) for k in (1, 2, 3)] == pytest.approx([1.81, 2.37, 2.73])
+    assert [shapes.PAPER.tau(k, "32k") for k in (1, 2, 3)] == pytest.approx([1.79, 2.33, 2.66])
+    with pytest.raises(InputError, match="rates of 7 positions cannot give K = 8"):
+        shapes.PAPER.tau(8, None)
+
+
+def test_measured_rates_come_from_the_longest_arms_pooled_by_passes(tmp_path):
+    def line(arm, steps, rates, tokens, tau, task="t"):
+        return {
+            "task": task, "arm": arm, "num_steps": steps, "position_rates": rates, "output_tokens": tokens, "accept_length": tau,
+        }  # fmt: skip
+
+    path = tmp_path / "results.jsonl"
+    rows = [
+        line("baseline", 0, [], 100, 1.0),
+        line("fastmtp:1", 1, [0.9], 100, 1.9),
+        line("fastmtp:2", 2, [0.8, 0.4], 300, 2.0),
+        line("fastmtp:2", 2, [0.4, 0.0], 50, 1.0, "u"),
+        line("fastmtp:2+8k", 2, [0.5, 0.25], 100, 1.75),
+        line("vanilla:7", 7, [0.1] * 7, 100, 1.7),
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rates = shapes.read_rates(str(path))
+    assert rates.full == pytest.approx([0.7, 0.3])  # 150 passes against 50
+    assert rates.tau(2, "8k") == pytest.approx(1.75)
+    assert rates.tau(2, "16k") == pytest.approx(2.0), "a map that was not measured is taken as the full head"
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(InputError, match="no fastmtp:K arm"):
+        shapes.read_rates(str(path))
+    path.write_text("{}\n")
+    with pytest.raises(InputError, match="results.jsonl:1: no field 'arm'"):
+        shapes.read_rates(str(path))
+
+
+def test_points():
+    found = speed_model.points(MIMO, "1,3", "full,32k", shapes.PAPER)
+    assert [p.name for p in found] == ["baseline", "k1-full", "k3-full", "k1-32k", "k3-32k"]
+    assert found[4].head_rows == 32768 and found[4].tau == pytest.approx(2.66)
+    assert speed_model.points(MIMO, "1", "en_8k", shapes.PAPER)[1].head_rows == 8192
+    assert found[0].environment() == {}
+    assert found[4].environment() == {
+        "SGLANG_SIMULATE_ACC_LEN": "2.6600",
+        "SGLANG_SIMULATE_ACC_METHOD": "match-expected",
+        "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
+    }
+    for steps, maps, message in (
+        ("0", "full", "from 1"),
+        ("x", "full", "whole numbers"),
+        ("1", "999k", "larger than the vocab"),
+    ):
+        with pytest.raises(InputError, match=message):
+            speed_model.points(MIMO, steps, maps, shapes.PAPER)
+
+
+def test_the_command_line_of_a_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "attention_backend", lambda: "triton")
+    folder = tmp_path / "model"
+    shapes.write_folder(MIMO, folder)
+    line = speed_model.command(Point(3, "8k", 8192, 2.66), folder, 31000, ["--attention-backend", "fa3"])
+    for flag, value in (
+        ("--load-format", "dummy"),
+        ("--attention-backend", "fa3"),
+        ("--speculative-num-steps", "3"),
+        ("--cuda-graph-max-bs-decode", "1"),
+        ("--port", "31000"),
+    ):
+        assert line[line.index(flag) + 1] == value and line.count(flag) == 1
+    assert "--skip-tokenizer-init" in line
+    ids = torch.load(line[line.index("--speculative-token-map") + 1], weights_only=True)
+    assert ids.dtype == torch.int64 and len(ids) == 8192
+    plain = speed_model.command(Point(0, None, 151680, 1.0), folder, 31000, [])
+    assert not [part for part in plain if "speculative" in part]
+
+
+def turn(tokens, passes, latency, first=0.5):
+    return Turn(list(range(tokens)), "", 64, passes, [], 1, first, latency, 0.0, "length")
+
+
+def test_the_arithmetic_of_a_point():
+    turns = [turn(513, 192, 2.0), turn(513, 192, 2.0)]
+    bandwidth = 4e12
+    row = speed_model.record(Point(3, "32k", 32768, 2.66), turns, MIMO, 64, bandwidth)
+    assert row["tokens_per_s"] == pytest.approx(512 / 1.5)
+    assert row["tau"] == pytest.approx(512 / 192)
+    assert row["ms_per_cycle"] == pytest.approx(1500 / 192)
+    read = shapes.cycle_bytes(MIMO, 3, 32768, 64 + 256)
+    assert row["bound_ms"] == pytest.approx(1000 * read / bandwidth)
+    assert row["bound_share"] == pytest.approx(row["bound_ms"] / row["ms_per_cycle"])
+    plain = speed_model.record(Point(0, None, 151680, 1.0), [turn(513, None, 3.5)], MIMO, 64, bandwidth)
+    assert plain["ms_per_cycle"] == pytest.approx(3000 / 512) and plain["tau"] == 1.0 and plain["spread"] is None
+    both = speed_model.with_speedups([plain | {"settings": {}, "copy_bandwidth": 4e12}, row | {"copy_bandwidth": 4e12}])
+    assert both[1]["speedup"] == pytest.approx(2.0) and "settings" not in both[0]
+    report = {"gpu": "G", "sglang": "0", "rates": "paper", "shape": "mimo-7b", "assumed": ["8k"], "points": both}
+    assert "acceptance of 8k here" in speed_model.markdown(report)
+    assert "| k3-32k | 2.67 | 341.3 ± 0.0 | 2.00x | 7.812 |" in speed_model.markdown(report)
+
+
+def test_measuring_and_profiling_over_http(tmp_path):
+    with StandIn(num_steps=3) as server:
+        turns = asyncio.run(speed_model.measure(server.url, Point(3, None, 151680, 2.7), 3, 16, 40, 10.0))
+        found = asyncio.run(speed_model.profile(server.url, tmp_path / "traces", 16, 10.0))
+        with pytest.raises(BackendError, match="k0|baseline: the server drafts"):
+            asyncio.run(speed_model.measure(server.url, Point(0, None, 151680, 1.0), 1, 16, 40, 10.0))
+    assert [len(t.output_ids) for t in turns] == [40, 40, 40]
+    assert all(body["sampling_params"]["ignore_eos"] for body in server.bodies)
+    assert len({tuple(body["input_ids"]) for body in server.bodies[:5]}) == 5, "no prompt is helped by the cache"
+    assert found["kernels"][0][0] in ("gemm", "argmax")
+
+
+def test_a_trace_is_split_by_what_launched_the_kernels():
+    found = trace.summarise(TRACE, cycles=2)
+    # Two cycles of 20 us: busy 0-9 and 14-20, so 15 of each 20.
+    assert (found["span"], found["busy"], found["idle"]) == pytest.approx((0.020, 0.015, 0.005))
+    assert found["launches"] == [
+        ("graph of 2 kernels", 1.0, pytest.approx(0.008)),
+        ("outside graphs", 2.0, pytest.approx(0.008)),
+    ]
+    assert dict(found["kernels"])["gemm"] == pytest.approx(0.006)
+    assert "graph of 2 kernels" in trace.text(found)
+    with pytest.raises(ValueError, match="no GPU kernels"):
+        trace.summarise([], 2)
+
+
+def test_the_whole_command_with_stand_ins_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "sglang_version", lambda: "0.5.17")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(speed_model, "copy_bandwidth", lambda: 4e12)
+    started = []
+
+    def stand_in(point, folder, port, flags):
+        started.append(point.name)
+        script = Path(__file__).parent / "stand_in.py"
+        return [sys.executable, str(script), "--port", str(port), "--num-steps", str(point.num_steps)]
+
+    monkeypatch.setattr(speed_model, "command", stand_in)
+    port = str(free_port())
+    given = [
+        "--shape",
+        "tiny",
+        "--maps",
+        "full",
+        "--tokens",
+        "40",
+        "--requests",
+        "2",
+        "--port",
+        port,
+        "--out",
+        str(tmp_path),
+    ]
+    speed_model.main([*given, "--steps", "1", "--profile"])
+    assert started == ["baseline", "k1-full"] and (tmp_path / "profile-k1-full.txt").exists()
+    speed_model.main([*given, "--steps", "1,2"])
+    assert started == ["baseline", "k1-full", "k2-full"]
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [p["name"] for p in report["points"]] == ["baseline", "k1-full", "k2-full"]
+    assert report["points"][0]["speedup"] == 1.0 and report["points"][2]["tau"] > report["points"][1]["tau"]
+    assert (tmp_path / "speed.png").stat().st_size > 0 and "| k2-full |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="measured with other settings"):
+        speed_model.main([*given, "--steps", "1", "--tokens", "50"])
