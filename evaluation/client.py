@@ -7,7 +7,6 @@ histogram. SGLang 0.5.17 to 0.5.23 take `stream_interval` per request.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
@@ -130,7 +129,7 @@ class Server:
         """Turn what aiohttp raises into one line."""
         try:
             yield
-        except asyncio.TimeoutError:
+        except TimeoutError:
             limit = self.timeout.total
             raise BackendError(f"{self.url}{path}: no answer within {limit:g} s; see the server's log") from None
         except json.JSONDecodeError:

@@ -169,10 +169,11 @@ def table(results: dict[tuple[str, str, str], Acceptance]) -> str:
     return "\n".join(lines)
 
 
-def as_json(results: dict[tuple[str, str, str], Acceptance]) -> list[dict]:
+def as_json(results: dict[tuple[str, str, str], Acceptance], head: str) -> list[dict]:
     """One object a row of `table` (pooled rows left out)."""
     return [
         {
+            "head": head,
             **dict(zip(("source", "lang", "map"), key, strict=True)),
             "output_tokens": part.output_tokens,
             "verify_passes": part.verify_passes,
@@ -192,7 +193,9 @@ def parser() -> Parser:
         "    --num-steps 3 --token-map vocab/smollm2/en_8k.pt --token-map vocab/smollm2/en_16k.pt",
     )
     p.add_argument("--model", required=True, help="model folder")
-    p.add_argument("--head", help="take the head from this checkpoint instead of the model's own")
+    p.add_argument(
+        "--head", action="append", help="a checkpoint or shipped head instead of the model's own; may be repeated"
+    )
     p.add_argument("--data", required=True, help="distilled samples (greedy ones predict greedy decoding)")
     p.add_argument("--limit", type=int, help="use only the first N samples")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle, K (default 3)")
@@ -207,16 +210,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.num_steps < 1:
         raise InputError(f"--num-steps must be at least 1, not {args.num_steps}")
-    head = read_head(args.head) if args.head else None
+    heads = {name: read_head(name) for name in args.head or [args.model]}
     model = load(args.model, args.dtype, args.device)
-    if head:
-        model.net.load_head(head)
     maps = {Path(path).stem: load_token_map(path, model.net.vocab_size) for path in args.token_map}
-    results = measure(model, read_samples(args.data, model.net.vocab_size, args.limit), args.num_steps, maps)
+    samples = read_samples(args.data, model.net.vocab_size, args.limit)
+    rows, tables = [], []
+    for name, head in heads.items():
+        model.net.load_head(head)
+        results = measure(model, samples, args.num_steps, maps)
+        rows += as_json(results, name)
+        tables.append(f"head: {name}\n\n{table(results)}\n")
     if args.out:
-        files.write_json(args.out, as_json(results))
+        files.write_json(args.out, rows)
         files.write_provenance(args.out, vars(args), [args.data, *args.token_map])
-    print(table(results))
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":

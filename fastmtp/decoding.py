@@ -230,7 +230,7 @@ def position_rates(histogram: Sequence[int]) -> list[float]:
 def summarise(rows: list[dict]) -> dict:
     """Pooled figures over result rows (see `compare`): tau, rates, seconds, speed-up and identity."""
     histogram = [sum(column) for column in zip(*(row["histogram"] for row in rows), strict=True)]
-    tokens, passes = sum(len(row["ids"]) for row in rows), sum(row["verify_passes"] for row in rows)
+    tokens, passes = sum(len(row["output_ids"]) for row in rows), sum(row["verify_passes"] for row in rows)
     plain_s, draft_s = sum(row["plain_s"] for row in rows), sum(row["draft_s"] for row in rows)
     return {
         "questions": len(rows),
@@ -267,7 +267,7 @@ def compare(
                     "source": prompt.get("source", ""),
                     "lang": prompt.get("lang", ""),
                     "prompt_ids": ids,
-                    "ids": drafted.ids,
+                    "output_ids": drafted.ids,
                     "text": model.tokenizer.decode(drafted.ids, skip_special_tokens=True),
                     "identical": plain.ids == drafted.ids,
                     "plain_ids": plain.ids,
@@ -324,8 +324,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load(args.model, args.dtype, args.device)
     token_map = load_token_map(args.token_map, model.net.vocab_size) if args.token_map else None
     out = Path(args.out)
-    rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, vars(args))
-    files.write_provenance(out, vars(args), [args.prompts, *([args.token_map] if args.token_map else [])])
+    config = {**vars(args), "model_state": files.state(args.model), "prompts_sha256": files.sha256(args.prompts)}
+    rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, config)
+    files.write_provenance(out, config, [args.prompts, *([args.token_map] if args.token_map else [])])
     figures = summarise(rows)
     rates = " ".join(f"{rate:.3f}" for rate in figures["position_rates"])
     print(

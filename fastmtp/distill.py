@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -137,12 +136,12 @@ def answer_batch(model: Model, rows: list[dict], sampling: Sampling, seed: int) 
     return samples
 
 
-def distill(model: Model, prompts: list[dict], args) -> int:
+def distill(model: Model, prompts: list[dict], args, config: dict) -> int:
     """Answer all prompts into `args.out`; returns the number of output tokens."""
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     total = 0
     with (
-        files.growing(args.out, vars(args)) as (done, write),
+        files.growing(args.out, config) as (done, write),
         tqdm(total=len(prompts), initial=len(done), desc="distill", unit="prompt") as bar,
     ):
         for number, batch in enumerate(batches(model, prompts, args.batch_size)):
@@ -189,8 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.temperature < 0:
         raise InputError(f"--temperature must be 0 or more, not {args.temperature}")
     prompts = read_prompts(args.prompts, args.split, args.limit)
-    distill(load(args.model, args.dtype, args.device), prompts, args)
-    files.write_provenance(Path(args.out), vars(args), [args.prompts])
+    config = {**vars(args), "model_state": files.state(files.existing(args.model, "model folder"))}
+    config["prompts_sha256"] = files.sha256(args.prompts)
+    distill(load(args.model, args.dtype, args.device), prompts, args, config)
+    files.write_provenance(args.out, config, [args.prompts])
     print(f"distilled {args.out}")
 
 

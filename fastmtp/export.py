@@ -22,6 +22,7 @@ from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
 
 PREFIX = "model.mtp_layers."
+HEADS = Path(__file__).with_name("heads")  # heads that come with the package, by folder name
 HEAD_FILE = "mtp_head.safetensors"
 BACKBONE_FILE = "backbone.safetensors"  # transformers takes a file named model.safetensors for the whole model
 HEAD_TENSORS = frozenset(
@@ -47,8 +48,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Head tensors of a checkpoint or model folder, by full name. InputError unless they are exactly a head."""
+    """Head tensors by full name, of a checkpoint or model folder or a head that comes with the package.
+
+    InputError unless they are exactly a head.
+    """
     folder = Path(folder)
+    if not folder.exists() and (HEADS / folder).is_dir():
+        folder = HEADS / folder
     head = {}
     for path in weight_files(folder):
         try:

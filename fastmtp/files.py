@@ -135,6 +135,12 @@ def growing(path: str | Path, config: dict, key: str = "id") -> Iterator[tuple[d
     os.replace(partial, path)
 
 
+def state(folder: str | Path) -> str:
+    """A short tag of what a model folder holds (names, sizes, times), so that results of other weights are not reused."""
+    facts = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).iterdir() if p.is_file())
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:

@@ -104,8 +104,9 @@ def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMo
     head.load_state_dict(state, strict=True)
 
 
-def convert(source: Path, out: Path, dtype: str) -> None:
-    """Llama/Qwen2 folder or GGUF file -> `out`. RuntimeError if the converted logits differ from the source's."""
+def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
+    """Llama/Qwen2 folder or GGUF file -> `out`, its head fresh or `head`'s. RuntimeError if the logits change."""
+    trained = read_head(head) if head else None
     where = {"pretrained_model_name_or_path": source}
     if source.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
@@ -122,11 +123,13 @@ def convert(source: Path, out: Path, dtype: str) -> None:
     with torch.inference_mode():
         if not torch.equal(model(input_ids=probe).logits, result(input_ids=probe).logits):
             raise RuntimeError(f"{source}: the converted model's logits differ from the source's")
+    if trained:
+        result.load_head(trained)
     with files.atomic(out) as folder:
         result.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         finish_folder(folder, files.read_json(folder / "config.json"))
-        files.write_provenance(folder, {"model": source.name, "dtype": dtype}, [source])
+        files.write_provenance(folder, {"model": source.name, "dtype": dtype, "head": head}, [source])
 
 
 def _mend_pre_tokenizer(tokenizer, source: Path) -> None:
@@ -155,7 +158,7 @@ def adopt(source: Path, out: Path) -> None:
         files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
 
 
-def prepare(name: str, out: str | Path, dtype: str = "auto") -> None:
+def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = None) -> None:
     """Write `out` from `name` (see the module's text)."""
     source = locate(name)
     if source.resolve().is_relative_to(Path(out).resolve()):
@@ -163,8 +166,10 @@ def prepare(name: str, out: str | Path, dtype: str = "auto") -> None:
     if source.is_dir():
         config = files.read_json(source / "config.json")
         if config.get("architectures") == ["MiMoForCausalLM"]:
+            if head:
+                raise InputError(f"{name} has a head of its own; replace it with fastmtp.export")
             return adopt(source, Path(out))
-    convert(source, Path(out), dtype)
+    convert(source, Path(out), dtype, head)
 
 
 def parser() -> Parser:
@@ -176,13 +181,14 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, help="'smollm2', a Hub repository, a folder or a .gguf file")
     p.add_argument("--out", required=True, help="new model folder")
+    p.add_argument("--head", help="start from this checkpoint, or smollm2-vanilla / smollm2-fastmtp (default: fresh)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the source's; GGUF: float32")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    prepare(args.model, args.out, args.dtype)
+    prepare(args.model, args.out, args.dtype, args.head)
     print(f"prepared {args.out}")
 
 

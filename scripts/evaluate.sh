@@ -3,4 +3,6 @@
 # Give --arms, --tasks or any other flag of `python -m evaluation.run` to change the defaults below.
 set -eu
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m evaluation.run --arms baseline,vanilla:3,fastmtp:1,fastmtp:2,fastmtp:3 --tasks all "$@"
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+exec "$python" -m evaluation.run --arms baseline,vanilla:3,fastmtp:1,fastmtp:2,fastmtp:3 --tasks all "$@"

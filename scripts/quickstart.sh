@@ -1,0 +1,7 @@
+#!/bin/sh
+# Everything on a small real model: sh scripts/quickstart.sh [--smoke]. Reuses finished stages, resumes interrupted ones.
+set -eu
+cd "$(dirname "$0")/.."
+started=$(date +%s)
+sh scripts/install.sh
+exec .venv/bin/python -m fastmtp.quickstart --install-seconds $(($(date +%s) - started)) "$@"
