@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += as_json(results, name)
         tables.append(f"head: {name}\n\n{table(results)}\n")
     if args.out:
-        files.write_json(args.out, rows)
+        files.write_json(args.out, {"num_steps": args.num_steps, "rows": rows})
         files.write_provenance(args.out, vars(args), [args.data, *args.token_map])
     print("\n".join(tables))
 

@@ -40,7 +40,7 @@ def read_losses(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
 def read_acceptance(path: str | Path) -> dict[tuple[str, str], Acceptance]:
     """{(head, map): pooled acceptance} from fastmtp.acceptance's JSON, in the file's order."""
     pooled: dict[tuple[str, str], Acceptance] = {}
-    for row in files.read_json(path):
+    for row in files.read_json(path).get("rows", []):
         part = pooled.setdefault((row["head"], row["map"]), Acceptance())
         part.add(row["output_tokens"], row["histogram"])
     if not pooled:
