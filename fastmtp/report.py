@@ -48,6 +48,12 @@ def read_acceptance(path: str | Path) -> dict[tuple[str, str], Acceptance]:
     return pooled
 
 
+def head_name(head: str) -> str:
+    """How a head is called in tables: its folder, or the run of a checkpoint."""
+    path = Path(head)
+    return path.parent.name if "checkpoint" in path.name else path.name
+
+
 def draw_losses(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, points in sorted(curves.items()):
@@ -63,7 +69,7 @@ def draw_acceptance(pooled: dict[tuple[str, str], Acceptance], path: Path) -> No
     heads = list(dict.fromkeys(head for head, _ in pooled))
     for (head, map_), part in pooled.items():
         rates = [100 * rate for rate in part.position_rates]
-        label = f"{Path(head).name}{'' if map_ == 'full' else f' + {map_}'}: tau {part.accept_length:.2f}"
+        label = f"{head_name(head)}{'' if map_ == 'full' else f' + {map_}'}: tau {part.accept_length:.2f}"
         style = "o-" if map_ == "full" else "s--"
         axes.plot(range(1, len(rates) + 1), rates, style, label=label, color=f"C{heads.index(head)}", linewidth=1.8)
     axes.set(xlabel="draft position", ylabel="accepted (% of verify passes)", ylim=(0, None), title="Acceptance")
@@ -85,7 +91,7 @@ def heads_table(pooled: dict[tuple[str, str], Acceptance]) -> list[str]:
     lines.append("|---|---|---:|" + "---:|" * steps)
     for (head, map_), part in pooled.items():
         rates = " | ".join(f"{100 * rate:.1f} %" for rate in part.position_rates)
-        lines.append(f"| {Path(head).name} | {map_} | {part.accept_length:.3f} | {rates} |")
+        lines.append(f"| {head_name(head)} | {map_} | {part.accept_length:.3f} | {rates} |")
     return lines
 
 

@@ -110,6 +110,7 @@ def test_walk_by_hand():
 def test_rows_by_source_and_map(useful):
     found = measure(useful.model, samples_of(useful), 2, {"small": useful.token_map})
     assert set(found) == {(s, "en", m) for s in ("s0", "s1") for m in (FULL, "small")}
-    rows = as_json(found)
+    rows = as_json(found, "the head")
     assert sum(row["output_tokens"] for row in rows if row["map"] == FULL) == pooled(found).output_tokens
+    assert {row["head"] for row in rows} == {"the head"}
     assert len(table(found).splitlines()) == 2 + 4 + 2
