@@ -18,7 +18,7 @@ COMMANDS = {
     "curate": "clean, de-duplicate and split the answers; write ms-swift's training file",
     "build_vocab": "token maps: the language's frequent tokens, for a cheaper draft",
     "train": "fine-tune the head through `swift sft` on a recipe",
-    "export": "head + base -> one folder that SGLang and vLLM load as it is",
+    "export": "head + base -> one folder that SGLang loads as it is",
     "acceptance": "accept length (tau) and per-position rates from one teacher-forced pass",
     "serve": "start an SGLang server with the head's drafts and wait until it answers",
     "decoding": "reference speculative decoder: plain against drafts on your prompts",
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main`; exit 0 done, 2 bad input (one line on stderr), 1 anything else."""
-    name = getattr(main, "__module__", "fastmtp")
+    name = getattr(main, "__module__", "fastmtp").removesuffix(".cli")
     name = sys.modules["__main__"].__spec__.name if name == "__main__" and sys.modules["__main__"].__spec__ else name
     try:
         main()

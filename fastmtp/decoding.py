@@ -281,15 +281,24 @@ def compare(
 
 
 def read_prompts(path: str | Path, split: str | None = None, limit: int | None = None) -> list[dict]:
-    """Rows with `id` and `messages` (or `prompt`) of a jsonl file; `split` keeps rows whose "split" equals it."""
-    prompts = []
+    """Rows with `id` and `messages` (or `prompt`) of a jsonl file; `split` keeps rows whose "split" equals it.
+
+    Raises InputError for a row without a prompt, an id that was there before, no row at all, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, not {limit}")
+    prompts, seen = [], set()
     for number, row in files.read_jsonl(path):
         if split and row.get("split") != split:
             continue
         messages = row.get("messages") or ([{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None)
         if not messages:
             raise InputError(f"{path}:{number}: no prompt; give `messages` or a non-empty `prompt`")
-        prompts.append({**row, "messages": messages, "id": row.get("id", f"line-{number}")})
+        name = row.get("id", f"line-{number}")
+        if name in seen:
+            raise InputError(f"{path}:{number}: the id '{name}' was there before; give every prompt its own")
+        seen.add(name)
+        prompts.append({**row, "messages": messages, "id": name})
     if not prompts:
         raise InputError(f"{path}: no prompts" + (f" with split '{split}'" if split else "") + "; check the file")
     return prompts[:limit]

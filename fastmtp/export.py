@@ -1,4 +1,4 @@
-"""Head + base -> one folder that SGLang and vLLM load as it is, and transformers with `trust_remote_code=True`.
+"""Head + base -> one folder that SGLang loads as it is, and transformers with `trust_remote_code=True`.
 
 The base's weight files are linked (copied where links are impossible), except that their head tensors give way to
 the trained ones; nothing else changes, byte for byte.
@@ -144,7 +144,7 @@ def _link(source: Path, target: Path) -> None:
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.export",
-        "Put a trained head into its base model: one folder for SGLang, vLLM and transformers.",
+        "Put a trained head into its base model: one folder for SGLang and transformers.",
         "python -m fastmtp.export --base models/mimo-7b-rl --head runs/mimo7b_k3/last-checkpoint --out models/mimo-7b-fastmtp",
     )
     p.add_argument("--base", required=True, help="model folder that the head was trained on")

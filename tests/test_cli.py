@@ -196,3 +196,14 @@ def test_parser_errors_are_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         Parser("p", "d", "p --x").parse_args(["--no"])
     assert end.value.code == 2 and capsys.readouterr().err == "p: error: unrecognized arguments: --no (see --help)\n"
+
+
+def test_prompts_have_their_own_ids_and_a_limit_of_at_least_one(tmp_path):
+    from fastmtp.decoding import read_prompts
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="prompts.jsonl:2.*'a'"):
+        read_prompts(path)
+    with pytest.raises(InputError, match="--limit"):
+        read_prompts(path, limit=0)
