@@ -163,7 +163,8 @@ def table(results: dict[tuple[str, str, str], Acceptance]) -> str:
     steps = len(next(iter(results.values())).histogram) - 1
     lines = ["| source | lang | map | tokens | tau | " + " | ".join(f"draft {i + 1}" for i in range(steps)) + " |"]
     lines.append("|---|---|---|---:|---:|" + "---:|" * steps)
-    for (source, lang, name), part in [*sorted(results.items()), *((("all", "", n), pooled(results, n)) for n in names)]:
+    rows = sorted(results.items(), key=lambda row: (*row[0][:2], names.index(row[0][2])))
+    for (source, lang, name), part in [*rows, *((("all", "", n), pooled(results, n)) for n in names)]:
         rates = " | ".join(f"{rate:.3f}" for rate in part.position_rates)
         lines.append(f"| {source} | {lang} | {name} | {part.output_tokens} | {part.accept_length:.3f} | {rates} |")
     return "\n".join(lines)
