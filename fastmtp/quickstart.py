@@ -10,6 +10,7 @@ interrupted one resumes. Run by scripts/quickstart.sh, which first makes the env
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -161,6 +162,7 @@ def perform(stage: Stage, key: str, log: dict, record: Path) -> None:
         raise
     finally:
         sys.argv = before
+        gc.collect()  # a stage's model is held by reference cycles; the next stage must not load beside it
         entry["spent"] += time.perf_counter() - started
         entry["seconds"] = round(entry["spent"], 1) if finished else None
         files.write_json(record, log)
