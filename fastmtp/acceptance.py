@@ -84,10 +84,8 @@ def draft_hits(
         ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output)
         mask[row, : len(prompt) + len(output)] = 1
     _, states, _ = net.mtp_states(ids.to(device), mask.to(device), num_steps=num_steps, attention="exact")
-    weights = {
-        name: net.lm_head.weight if map_ is None else net.lm_head.weight[map_.to(device)]
-        for name, map_ in token_maps.items()
-    }
+    token_maps = {name: None if map_ is None else map_.to(device) for name, map_ in token_maps.items()}
+    weights = {n: net.lm_head.weight if map_ is None else net.lm_head.weight[map_] for n, map_ in token_maps.items()}
     results = []
     for row, (prompt, output) in enumerate(samples):
         start, anchors = len(prompt) - 1, len(output) - 1
@@ -99,7 +97,7 @@ def draft_hits(
                 count = anchors - step
                 if count > 0:
                     rows = F.linear(state[row, start : start + count], weights[name]).argmax(-1)
-                    drafts = rows if map_ is None else map_.to(device)[rows]
+                    drafts = rows if map_ is None else map_[rows]
                     hits[:count, step] = (drafts == text[step + 1 :]).cpu()
             found[name] = hits
         results.append(found)

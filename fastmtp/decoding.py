@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load(args.model, args.dtype, args.device)
     token_map = load_token_map(args.token_map, model.net.vocab_size) if args.token_map else None
     out = Path(args.out)
-    config = {**vars(args), "model_state": files.state(args.model), "prompts_sha256": files.sha256(args.prompts)}
+    config = files.settings(args)
     rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, config)
     files.write_provenance(out, config, [args.prompts, *([args.token_map] if args.token_map else [])])
     figures = summarise(rows)

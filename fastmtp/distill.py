@@ -136,8 +136,8 @@ def answer_batch(model: Model, rows: list[dict], sampling: Sampling, seed: int) 
     return samples
 
 
-def distill(model: Model, prompts: list[dict], args, config: dict) -> int:
-    """Answer all prompts into `args.out`; returns the number of output tokens."""
+def distill(model: Model, prompts: list[dict], args, config: dict) -> None:
+    """Answer all prompts into `args.out`; rows that an earlier run with the same `config` left there are kept."""
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     total = 0
     with (
@@ -153,7 +153,6 @@ def distill(model: Model, prompts: list[dict], args, config: dict) -> int:
                     bar.update()
                     total += sum(len(m.get("token_ids", ())) for m in sample["messages"])
             bar.set_postfix_str(f"{total / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-    return total
 
 
 def parser() -> Parser:
@@ -188,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.temperature < 0:
         raise InputError(f"--temperature must be 0 or more, not {args.temperature}")
     prompts = read_prompts(args.prompts, args.split, args.limit)
-    config = {**vars(args), "model_state": files.state(files.existing(args.model, "model folder"))}
-    config["prompts_sha256"] = files.sha256(args.prompts)
+    config = files.settings(args)
     distill(load(args.model, args.dtype, args.device), prompts, args, config)
     files.write_provenance(args.out, config, [args.prompts])
     print(f"distilled {args.out}")

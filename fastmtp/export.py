@@ -36,7 +36,8 @@ HEAD_TENSORS = frozenset(
     )
 )
 CODE_FILES = ("modeling_mimo.py", "recursion.py", "losses.py")
-SKIP = {"config.json", "model.safetensors.index.json", "run.json", *CODE_FILES}
+INDEX = "model.safetensors.index.json"
+SKIP = {"config.json", INDEX, "run.json", *CODE_FILES}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -47,14 +48,14 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Head tensors by full name, of a checkpoint or model folder or a head that comes with the package.
+def head_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint, a model, or a head that comes with the package, such as `smollm2-vanilla`."""
+    return Path(name) if Path(name).exists() or not (HEADS / name).is_dir() else HEADS / name
 
-    InputError unless they are exactly a head.
-    """
-    folder = Path(folder)
-    if not folder.exists() and (HEADS / folder).is_dir():
-        folder = HEADS / folder
+
+def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Head tensors by full name, of what `head_folder` finds. InputError unless they are exactly a head."""
+    folder = head_folder(folder)
     head = {}
     for path in weight_files(folder):
         try:
@@ -70,7 +71,7 @@ def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def finish_folder(folder: Path, config: dict) -> None:
-    """Write config.json as engines want it (notes in the README), and the modelling files beside it."""
+    """Write config.json as engines want it (the comments say why), and the modelling files beside it."""
     config = {
         **{k: v for k, v in config.items() if k not in ("_name_or_path", "quantization_config", "transformers_version")},
         "model_type": "qwen2",  # engines load it without remote code; the architecture name brings the head
@@ -114,7 +115,7 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
                 names = [name for name in tensors.keys() if not name.startswith(PREFIX)]
                 target = BACKBONE_FILE if path.name == "model.safetensors" else path.name
                 if len(names) == len(tensors.keys()):
-                    _link(path, folder / target)
+                    link(path, folder / target)
                 elif names:
                     save_file({n: tensors.get_tensor(n) for n in names}, folder / target, metadata={"format": "pt"})
             index |= dict.fromkeys(names, target)
@@ -122,18 +123,18 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
         index |= dict.fromkeys(sorted(new), HEAD_FILE)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         files.write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index}
+            folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index}
         )
         for path in base.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and path.name not in SKIP:
                 shutil.copyfile(path, folder / path.name)
         finish_folder(folder, files.read_json(base / "config.json"))
         files.write_provenance(
-            folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(Path(head))
+            folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(head_folder(head))
         )
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Hard-link a weight file, which costs nothing; copy across file systems."""
     try:
         os.link(source.resolve(), target)

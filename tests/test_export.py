@@ -150,3 +150,12 @@ def test_the_output_is_neither_an_input_nor_around_one_nor_anothers(base_folder,
     assert (tmp_path / "mine" / "thesis.txt").exists() and weights(base_folder).keys() == before.keys()
     export(base_folder, good, tmp_path / "out")
     export(base_folder, good, tmp_path / "out")  # its own earlier output is replaced
+
+
+def test_a_shipped_head_by_its_name(tmp_path, base_folder, monkeypatch):
+    head = checkpoint(tmp_path / "heads" / "tiny-vanilla", base_folder)
+    monkeypatch.setattr("fastmtp.export.HEADS", tmp_path / "heads")
+    export(base_folder, "tiny-vanilla", tmp_path / "out")
+    assert torch.equal(read_head(tmp_path / "out")[f"{PREFIX}0.input_proj.weight"], head[f"{PREFIX}0.input_proj.weight"])
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())["inputs"]
+    assert [Path(path).parent.name for path in recorded] == ["tiny-vanilla"]
