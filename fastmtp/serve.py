@@ -22,6 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmtp.cli import InputError, Parser, run
@@ -157,9 +158,23 @@ class Server:
         self.argv, self.port, self.log, self.wait = argv, port, Path(log), wait
         self.stop_patience = stop_patience
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        self.process: subprocess.Popen | None = None
         self.url = f"http://{HOST}:{port}"
 
     def __enter__(self) -> Server:
+        try:
+            self.start()
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start and do not wait. Raises InputError where the port is taken."""
         with socket.socket() as probe:
             if probe.connect_ex((HOST, self.port)) == 0:
                 raise InputError(f"port {self.port} is taken; stop what listens there or choose another --port")
@@ -169,17 +184,9 @@ class Server:
             self.process = subprocess.Popen(
                 self.argv, stdout=out, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
             )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Return when the server answers. Raises ServerError when it dies or does not answer within `wait` seconds."""
         started = time.monotonic()
         while True:
             if self.process.poll() is not None:
@@ -200,10 +207,15 @@ class Server:
     def stop(self) -> None:
         """End the whole group, politely and then not: a worker left over would hold the GPU's memory."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
+            self.send(sign)
+            if self.process is None or self._group_ends():
+                return
+
+    def send(self, sign: int) -> None:
+        """A signal to all of the server's processes that are still there."""
+        if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sign)
-            if self._group_ends():
-                return
 
     def _group_ends(self) -> bool:
         """Whether every process of the group is gone within `stop_patience` seconds."""
@@ -216,6 +228,31 @@ class Server:
                 return True
             time.sleep(0.05)
         return False
+
+
+@contextlib.contextmanager
+def together(servers: list[Server]) -> Iterator[list[ServerError | None]]:
+    """All servers started at once; what became of each: None (it answers) or its error. All end with the block.
+
+    Loading and compiling take minutes and run side by side; measuring must not, so ask one server after the other.
+    """
+    try:
+        for server in servers:
+            server.start()
+        yield [_outcome(server) for server in servers]
+    finally:
+        for server in servers:  # all at once: each takes seconds to end
+            server.send(signal.SIGTERM)
+        for server in servers:
+            server.stop()
+
+
+def _outcome(server: Server) -> ServerError | None:
+    try:
+        server.wait_until_ready()
+    except ServerError as error:
+        return error
+    return None
 
 
 def answers(url: str) -> bool:
