@@ -40,9 +40,13 @@ PROFILED_TOKENS = 1024  # of the traced answer: more than 0.3 s and the traced c
 
 @dataclass(frozen=True)
 class Variant:
-    """Engine settings to compare: SGLang's flags and environment variables. The nameless one has none."""
+    """Engine settings to compare: SGLang's flags and environment variables. The nameless one has none.
+
+    base: the variant whose plain decoding is the measure, where these settings touch drafting alone.
+    """
 
     name: str = ""
+    base: str = ""
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -53,18 +57,23 @@ class Variant:
 
 
 def parse_variants(items: list[str]) -> list[Variant]:
-    """`NAME=[VARIABLE=VALUE ...] [SGLang flags]` each. Raises InputError for another form."""
+    """`NAME[:BASE]=[VARIABLE=VALUE ...] [SGLang flags]` each. Raises InputError for another form."""
     found = []
     for item in items:
-        name, equals, rest = item.partition("=")
-        if not equals or not re.fullmatch(r"\w[\w-]*", name):
+        match = re.fullmatch(r"(\w[\w-]*)(?::(\w[\w-]*))?=(.*)", item, re.DOTALL)
+        if not match:
             raise InputError(f"--variant {item}: expected NAME=FLAGS, for example 'fa3=--attention-backend fa3'")
+        name, base, rest = match.groups()
+        if base and base not in {v.name for v in found if not v.base}:
+            raise InputError(f"--variant {item}: no variant {base} with plain decoding of its own stands before it")
         words = shlex.split(rest)
         first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
         pairs = [word.partition("=") for word in words[:first]]
         if not all(sign for _, sign, _ in pairs):
             raise InputError(f"--variant {item}: before the flags only VARIABLE=VALUE may stand")
-        found.append(Variant(name, tuple(serve.renamed(words[first:])), {key: value for key, _, value in pairs}))
+        found.append(
+            Variant(name, base or "", tuple(serve.renamed(words[first:])), {key: value for key, _, value in pairs})
+        )
     doubled = {v.name for v in found if sum(w.name == v.name for w in found) > 1}
     if doubled:
         raise InputError(f"--variant: {', '.join(sorted(doubled))} is named twice")
@@ -120,10 +129,10 @@ def points(
         sizes.append((map_name, rows))
     found = []
     for variant in variants:
-        plain = Point(0, None, shape["vocab_size"], 1.0, variant)
-        found.append(plain)
+        plain = [] if variant.base else [Point(0, None, shape["vocab_size"], 1.0, variant)]
+        found += plain
         found += [Point(k, name, rows, rates.tau(k, name), variant) for name, rows in sizes for k in wanted]
-        found += [replace(plain, repeat=True)] if repeat else []
+        found += [replace(point, repeat=True) for point in plain if repeat]
     return found
 
 
@@ -206,6 +215,7 @@ def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, ban
     return {
         "name": point.name,
         "variant": point.variant.name,
+        "base": point.variant.base or point.variant.name,
         "variant_flags": list(point.variant.flags),
         "repeat": point.repeat,
         "num_steps": point.num_steps,
@@ -261,8 +271,8 @@ def parser() -> Parser:
         "--variant",
         action="append",
         default=[],
-        metavar="NAME=FLAGS",
-        help="measure the points under these SGLang flags, VARIABLE=VALUE before them; repeatable",
+        metavar="NAME[:BASE]=FLAGS",
+        help="measure under these SGLang flags, VARIABLE=VALUE before them, against BASE's plain decoding or their own",
     )
     p.add_argument("--repeat-baseline", action="store_true", help="plain decoding once more at the end: drift")
     p.add_argument("--at-once", type=int, default=1, help="servers started side by side (default %(default)s)")
@@ -377,12 +387,12 @@ def measure_point(url: str, point: Point, shape: dict, args, bandwidth: float, o
 
 
 def with_speedups(rows: list[dict]) -> list[dict]:
-    """Each row against its own variant's plain decoding; None where that could not be measured."""
+    """Each row against the plain decoding of its variant, or of that one's base; None where that could not be measured."""
     plain = {row["variant"]: row["tokens_per_s"] for row in rows if row["num_steps"] == 0 and not row["repeat"]}
     dropped = ("settings", "command", "environment", "profile")
     found = []
     for row in rows:
-        speedup = row["tokens_per_s"] / plain[row["variant"]] if row["variant"] in plain else None
+        speedup = row["tokens_per_s"] / plain[row["base"]] if row["base"] in plain else None
         found.append({k: v for k, v in row.items() if k not in dropped} | {"speedup": speedup})
     return found
 

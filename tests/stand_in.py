@@ -24,9 +24,7 @@ for cycle in range(3):
     t, c = 100.0 + 30 * cycle, 10 * cycle
     for number, launched in ((0, t - 9), (3, t + 8), (4, t + 12)):
         args = {"correlation": c + number}
-        TRACE += [
-            {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": launched, "dur": 1, "args": args}
-        ]
+        TRACE += [{"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": launched, "dur": 1, "args": args}]
     for name, start, duration, number in (
         ("gemm", 0, 6, 0),
         ("norm", 6, 2, 0),

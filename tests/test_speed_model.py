@@ -128,7 +128,7 @@ def test_the_arithmetic_of_a_point():
     assert plain["ms_per_cycle"] == pytest.approx(3000 / 512) and plain["tau"] == 1.0 and plain["spread"] is None
     both = speed_model.with_speedups([plain | {"settings": {}, "copy_bandwidth": 4e12}, row | {"copy_bandwidth": 4e12}])
     assert both[1]["speedup"] == pytest.approx(2.0) and "settings" not in both[0]
-    other = row | {"variant": "fa3", "copy_bandwidth": 4e12}
+    other = row | {"variant": "fa3", "base": "fa3", "copy_bandwidth": 4e12}
     lone = speed_model.with_speedups([plain | {"copy_bandwidth": 4e12}, other])[1]
     assert lone["speedup"] is None, "another variant's plain decoding is no measure"
     slow = plain | {"repeat": True, "tokens_per_s": 1.0, "copy_bandwidth": 4e12}
@@ -188,7 +188,10 @@ def test_plain_decoding_and_cycles_of_two_graphs_are_named_for_what_they_are():
 
 def test_variants():
     first, second = speed_model.parse_variants(
-        ["fa3=--attention-backend fa3 --speculative-draft-attention-backend triton", "lt=A=1 B='x y' --cuda-graph-max-bs=2"]
+        [
+            "fa3=--attention-backend fa3 --speculative-draft-attention-backend triton",
+            "lt=A=1 B='x y' --cuda-graph-max-bs=2",
+        ]
     )
     assert first.flags[-1] == "triton" and first.plain_flags() == ["--attention-backend", "fa3"]
     assert second.environment == {"A": "1", "B": "x y"} and second.flags == ("--cuda-graph-max-bs-decode=2",)
@@ -205,6 +208,12 @@ def test_variants():
     ):
         with pytest.raises(InputError, match=message):
             speed_model.parse_variants([item])
+    both = [*speed_model.parse_variants(["a=", "b:a=X=1"])]
+    assert [p.name for p in speed_model.points(MIMO, "3", "full", shapes.PAPER, both, True)] == [
+        "a.baseline", "a.k3-full", "a.baseline-repeat", "b.k3-full"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no variant b with plain decoding of its own"):
+        speed_model.parse_variants(["a=", "c:b="])
     with pytest.raises(InputError, match="named twice"):
         speed_model.parse_variants(["a=", "a="])
 
@@ -248,12 +257,16 @@ def test_the_whole_command_with_stand_ins_resumes(tmp_path, started, capsys):
 
 def test_several_servers_at_once_and_one_that_dies(tmp_path, started, capsys):
     more = ["--steps", "1,2", "--at-once", "4", "--repeat-baseline", "--variant", "a=", "--variant", "b=--broken"]
+    more += ["--variant", "c:a=V=1"]
     with pytest.raises(SystemExit) as caught:
         speed_model.main(arguments(tmp_path, *more))
     assert "not measured: b.k1-full, b.k2-full" in caught.value.code and "no such kernel" in caught.value.code
     report = json.loads((tmp_path / "speed.json").read_text())
     measured = ["a.baseline", "a.k1-full", "a.k2-full", "a.baseline-repeat", "b.baseline", "b.baseline-repeat"]
+    measured += ["c.k1-full", "c.k2-full"]
     assert [p["name"] for p in report["points"]] == measured
+    plain = report["points"][0]["tokens_per_s"]
+    assert report["points"][-1]["speedup"] == pytest.approx(report["points"][-1]["tokens_per_s"] / plain)
     assert "| a.k2-full |" in capsys.readouterr().out
     started.clear()
     with pytest.raises(SystemExit):
