@@ -34,6 +34,7 @@ from fastmtp.cli import InputError, Parser, run
 from fastmtp.files import atomic, read_jsonl, write_json, write_provenance
 from fastmtp.token_map import parse_size
 
+EXTENSION = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # a variant with it takes its maps through fastmtp.sglang_ext
 PROFILED_CYCLES = 40
 PROFILED_TOKENS = 1024  # of the traced answer: more than 0.3 s and the traced cycles take at any K
 
@@ -96,11 +97,17 @@ class Point:
         what = f"k{self.num_steps}-{self.map_name or 'full'}" if self.num_steps else "baseline"
         return (f"{self.variant.name}." if self.variant.name else "") + what + ("-repeat" if self.repeat else "")
 
+    @property
+    def extended(self) -> bool:
+        """Whether our own draft model shortens the draft's vocabulary, instead of SGLang's --speculative-token-map."""
+        return bool(self.map_name) and EXTENSION in self.variant.environment
+
     def environment(self) -> dict[str, str]:
         """What makes SGLang accept `tau` tokens a pass on average, with real draft tokens in the output."""
+        kept = {k: v for k, v in self.variant.environment.items() if k != EXTENSION or self.extended}
         if not self.num_steps:
-            return dict(self.variant.environment)
-        return self.variant.environment | {
+            return kept
+        return kept | {
             "SGLANG_SIMULATE_ACC_LEN": f"{self.tau:.4f}",
             "SGLANG_SIMULATE_ACC_METHOD": "match-expected",
             "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
@@ -148,7 +155,7 @@ def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str
     defaults += ["--max-running-requests", "1", "--cuda-graph-max-bs-decode", "1", "--disable-prefill-cuda-graph"]
     defaults += ["--skip-server-warmup", "--grammar-backend", "none"]
     token_map = None
-    if point.map_name:
+    if point.map_name and not point.extended:
         # Which rows does not matter to speed; how many does.
         token_map = folder / f"map_{point.map_name}.pt"
         with atomic(token_map) as temporary:
@@ -157,6 +164,20 @@ def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str
     given = serve.without(own, flags) + flags
     given = serve.without(defaults, given) + given
     return serve.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, given)
+
+
+def vocabulary(point: Point, folder: Path) -> dict[str, str]:
+    """Environment in which our own draft model takes the point's map; its file is made beside the model folder."""
+    import numpy as np
+
+    from fastmtp.draft_vocab import DraftVocab
+    from fastmtp.script_table import ScriptTable
+
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    no_letters = ScriptTable(np.zeros(vocab_size, np.uint8), np.zeros(vocab_size, np.float32))
+    path = folder / f"vocab_{point.map_name}.pt"
+    DraftVocab({"all": torch.arange(point.head_rows)}, "fixed:all", no_letters).save(path)
+    return serve.extension(path)
 
 
 async def measure(url: str, point: Point, requests: int, prompt_tokens: int, tokens: int, timeout: float) -> list[Turn]:
@@ -343,7 +364,7 @@ def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Pat
                 args.port + n,
                 out / "logs" / f"{point.name}.log",
                 args.wait,
-                point.environment(),
+                point.environment() | (vocabulary(point, out / "model") if point.extended else {}),
                 stop_patience=2.0,
             )
             for n, (line, point) in enumerate(zip(lines, group, strict=True))

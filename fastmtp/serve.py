@@ -179,6 +179,8 @@ class Server:
             if probe.connect_ex((HOST, self.port)) == 0:
                 raise InputError(f"port {self.port} is taken; stop what listens there or choose another --port")
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        # A command that is asked to end unwinds as if by Ctrl-C, and so ends its servers.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with open(self.log, "wb") as out:
             # A session of its own: Ctrl-C reaches us alone, and we end all of the server's processes in order.
             self.process = subprocess.Popen(
@@ -301,7 +303,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(argv: list[str], port: int, log: Path) -> None:
     """Run until Ctrl-C or the server's end. A server that dies ends us with exit code 1 and its last lines."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     print(f"starting; the log is {log}", flush=True)
     try:
