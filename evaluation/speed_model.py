@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -168,8 +169,6 @@ def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str
 
 def vocabulary(point: Point, folder: Path) -> dict[str, str]:
     """Environment in which our own draft model takes the point's map; its file is made beside the model folder."""
-    import numpy as np
-
     from fastmtp.draft_vocab import DraftVocab
     from fastmtp.script_table import ScriptTable
 
