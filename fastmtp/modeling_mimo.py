@@ -51,6 +51,10 @@ class MiMoConfig(Qwen2Config):
         return Objective(**{field.name: getattr(self, f"mtp_{field.name}") for field in fields(Objective)})
 
 
+# the keys of a recipe's `model_kwargs`, and their kinds
+SETTINGS = {field.name: type(field.default) for field in fields(MiMoConfig) if field.name.startswith("mtp_")}
+
+
 @dataclass
 class MTPLossOutput(CausalLMOutputWithPast):
     """`loss` is the weighted scalar; `step_losses` K tensors [N_k], the unweighted token losses of each step."""
