@@ -1,10 +1,10 @@
 """How fast answers can be distilled: output tokens per second over engines on one GPU and chats in flight.
 
-The engines are started once; each combination answers the next few thousand prompts with some of them, and every
+The engines are started once; each combination answers its own part of the prompts with some of them, and every
 answer is kept as a distilled sample. `--all` then answers all that is left with the best combination. Options that are
 not listed here are those of fastmtp.distill.
 
-    python benchmarks/distill.py --try 1x1024 2x1024 4x1024 --each 4096 --all --model models/smollm2 \\
+    python benchmarks/distill.py --try 1x1024 2x2048 4x4096 --all --model models/smollm2 \\
         --prompts data/pairs/*_en.jsonl.gz --max-new-tokens 512 --out results/distill/distilled.jsonl
 """
 
@@ -93,11 +93,11 @@ def parser() -> Parser:
     p = Parser(
         "python benchmarks/distill.py",
         "Measure distillation over engines and chats in flight; other options are fastmtp.distill's.",
-        "python benchmarks/distill.py --try 1x1024 4x1024 --each 4096 --all --model models/smollm2 \\\n"
+        "python benchmarks/distill.py --try 1x1024 4x4096 --all --model models/smollm2 \\\n"
         "    --prompts examples/prompts.jsonl --max-new-tokens 512 --out build/distill/distilled.jsonl",
     )
     p.add_argument("--try", dest="combinations", nargs="+", required=True, metavar="ENGINESxFLIGHT", help="such as 2x1024")
-    p.add_argument("--each", type=int, default=4096, help="prompts a combination (default %(default)s)")
+    p.add_argument("--rounds", type=int, default=4, help="prompts a combination, per chat in flight (default %(default)s)")
     p.add_argument("--all", action="store_true", help="then answer the rest with the best combination")
     p.add_argument("--stop-after", type=float, default=1e9, metavar="S", help="end after so many seconds with what there is")
     return p
@@ -129,7 +129,7 @@ def main() -> None:
             print(f"{most} engines answer after {start_s} s\n\n{HEAD}\n{RULE}", flush=True)
             measure("warm-up", urls, 64 * most, [todo.pop() for _ in range(min(len(todo), 64 * most))], args, journal, left())
             for count, flight in combinations:
-                part, todo = todo[: own.each], todo[own.each :]
+                part, todo = todo[: own.rounds * flight], todo[own.rounds * flight :]
                 if part and left() > 10 and (row := measure("try", urls[:count], flight, part, args, journal, left())):
                     rows.append(row)
             if own.all and todo and rows:

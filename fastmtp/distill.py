@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from fastmtp.journal import Journal
 from fastmtp.mixture import DataConfig, Sampling, load_samplings, load_yaml
 from fastmtp.prompts import Chat, chats, file_rows, limited, listed_rows
 from fastmtp.serve import ServerError
+
+load_tokenizer = functools.cache(AutoTokenizer.from_pretrained)
 
 
 def parser() -> Parser:
@@ -107,7 +110,7 @@ async def ask_servers(urls: list[str], args, questions: Questions, journal: Jour
     from fastmtp.converse import converse_all
     from fastmtp.distill_server import Servers
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     context = files.read_json(Path(args.model) / "config.json")["max_position_embeddings"]
     async with Servers(urls, tokenizer, end_ids(args.model, tokenizer), args.timeout) as servers:
         await converse_all(questions.chats(), servers, context, args.in_flight, journal, bar)
