@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import random
 import re
@@ -20,6 +21,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -216,7 +218,7 @@ async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) ->
     while time.monotonic() < end:
         await asyncio.sleep(0.5)
         for path in set(folder.glob("*.trace.json.gz")) - before:
-            with contextlib.suppress(EOFError, json.JSONDecodeError):  # still being written
+            with contextlib.suppress(EOFError, gzip.BadGzipFile, json.JSONDecodeError):  # still being written
                 return trace.summarise(trace.read_events(path))
     raise BackendError(f"{folder}: no trace appeared within 120 s; see the server's log")
 
@@ -321,17 +323,22 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no GPU here; the speed model measures SGLang on one")
     out = Path(args.out)
     shapes.write_folder(shape, out / "model")
-    rows, failed = measure_all(todo, shape, args, flags, out)
     facts = {"gpu": harness.gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
-    assumed = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
-    report = facts | {"assumed": assumed, "points": with_speedups(rows)}
-    write_json(out / "speed.json", report)
-    table = markdown(report)
-    with atomic(out / "speed.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
+    facts["assumed"] = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
+    failed, table = {}, ""
+    for rows, errors in measure_all(todo, shape, args, flags, out):
+        failed |= errors
+        if not rows:
+            continue
+        report = facts | {"points": with_speedups(rows)}
+        write_json(out / "speed.json", report)
+        table = markdown(report)
+        with atomic(out / "speed.md") as temporary:
+            temporary.write_text(table, encoding="utf-8")
     write_provenance(out, vars(args) | {"sglang_flags": flags}, [] if args.rates == "paper" else [args.rates])
-    print(table)
-    draw_charts(out)
+    if table:
+        print(table)
+        draw_charts(out)
     if failed:
         sys.exit(
             f"evaluation.speed_model: error: not measured: {', '.join(failed)}\n{failed[next(iter(failed))]}\n"
@@ -339,8 +346,10 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Path) -> tuple[list[dict], dict[str, str]]:
-    """Rows of all measured points, and the errors of those that failed, by name.
+def measure_all(
+    todo: list[Point], shape: dict, args, flags: list[str], out: Path
+) -> Iterator[tuple[list[dict], dict[str, str]]]:
+    """After each group of servers: the rows of all measured points, and the group's errors by name.
 
     Points in OUT/points.jsonl, made with the same settings, are not measured again.
     """
@@ -352,10 +361,11 @@ def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Pat
         raise InputError(f"{store}: {foreign[0]} was measured with other settings; name another --out")
     missing = [p for p in todo if not _same(done.get(p.name), p)]
     bandwidth = copy_bandwidth() if missing else 0.0
-    failed = {}
+    if not missing:
+        yield [done[point.name] for point in todo], {}
     bar = tqdm(total=len(missing), desc="points", disable=None)
     for first in range(0, len(missing), args.at_once):
-        group = missing[first : first + args.at_once]
+        group, failed = missing[first : first + args.at_once], {}
         lines = [command(point, out / "model", args.port + n, flags) for n, point in enumerate(group)]
         servers = [
             serve.Server(
@@ -384,8 +394,8 @@ def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Pat
                     temporary.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
                 said = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms a cycle"
                 tqdm.write(f"{point.name}: {said}", file=sys.stderr)
+        yield [done[point.name] for point in todo if point.name in done], failed
     bar.close()
-    return [done[point.name] for point in todo if point.name in done], failed
 
 
 def _same(row: dict | None, point: Point) -> bool:
