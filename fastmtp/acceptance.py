@@ -4,38 +4,52 @@ Greedy drafts that were accepted equal the text, so the chain that an engine wou
 over the text itself, up to its first miss. Computing all anchors at once in `exact` mode (recursion.py) and walking
 the answer from one verify pass to the next gives what the decoder would have counted, for the cost of one forward.
 
-    python -m fastmtp.acceptance --model models/smollm2 --data heldout.jsonl --num-steps 3 --token-map vocab/smollm2/en_8k.pt
+    python -m fastmtp.acceptance --model models/smollm2 --data heldout.jsonl --num-steps 7 --at 1,3,5 --token-map vocab/smollm2/en_8k.pt
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files
+from fastmtp.chat import IGNORE, encode_chat
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.decoding import Model, load, position_rates
 from fastmtp.export import read_head
+from fastmtp.teacher import greedy
 from fastmtp.token_map import load_token_map
 
 FULL = "full"
+RESAMPLES = 1000
+
+Results = dict[tuple[str, str, str], "Acceptance"]  # by source, language, map name
 
 
 @dataclass
 class Acceptance:
-    """Pooled counts. histogram[j]: verify passes with exactly j accepted drafts."""
+    """Pooled counts. histogram[j]: verify passes with exactly j accepted drafts; samples: (output tokens, verify passes)
+    of each answer, in the order of the data."""
 
     output_tokens: int = 0
     histogram: list[int] = field(default_factory=list)
+    samples: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, output_tokens: int, histogram: list[int]) -> None:
+        self._count(output_tokens, histogram)
+        self.samples.append((output_tokens, sum(histogram)))
+
+    def merge(self, other: Acceptance) -> None:
+        self._count(other.output_tokens, other.histogram)
+        self.samples += other.samples
+
+    def _count(self, output_tokens: int, histogram: list[int]) -> None:
         self.output_tokens += output_tokens
         self.histogram = [a + b for a, b in zip(self.histogram or [0] * len(histogram), histogram, strict=True)]
 
@@ -51,6 +65,32 @@ class Acceptance:
     @property
     def position_rates(self) -> list[float]:
         return position_rates(self.histogram)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% bootstrap interval of tau over answers."""
+        return bounds(bootstrap(self.samples))
+
+
+def bootstrap(samples: Sequence[tuple[int, int]]) -> Tensor:
+    """tau of RESAMPLES draws of len(samples) answers with replacement, float64 [RESAMPLES].
+
+    The draws depend on the number of answers alone, so those of two heads on the same answers are paired: the interval
+    of their ratio is that of the gain.
+    """
+    counts = torch.tensor(samples, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    taus = torch.empty(RESAMPLES, dtype=torch.float64)
+    for i in range(RESAMPLES):
+        tokens, passes = counts[torch.randint(len(counts), (len(counts),), generator=generator)].sum(0)
+        taus[i] = tokens / passes if passes else 1.0
+    return taus
+
+
+def bounds(draws: Tensor) -> tuple[float, float]:
+    """The middle 95% of the draws."""
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return low, high
 
 
 def walk(hits: Tensor) -> list[int]:
@@ -76,72 +116,96 @@ def draft_hits(
 ) -> list[dict[str, Tensor]]:
     """For each (prompt ids, output ids): {map name: hits [n-1, K]} (see `walk`), from one padded forward pass."""
     net = model.net
-    device = net.lm_head.weight.device
+    weight = net.lm_head.weight
     longest = max(len(p) + len(o) for p, o in samples)
     ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
+    anchors, left = [], []  # flat positions of all anchors, and how many answer tokens follow the anchor's next token
     for row, (prompt, output) in enumerate(samples):
         ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output)
         mask[row, : len(prompt) + len(output)] = 1
-    _, states, _ = net.mtp_states(ids.to(device), mask.to(device), num_steps=num_steps, attention="exact")
-    token_maps = {name: None if map_ is None else map_.to(device) for name, map_ in token_maps.items()}
-    weights = {n: net.lm_head.weight if map_ is None else net.lm_head.weight[map_] for n, map_ in token_maps.items()}
-    results = []
-    for row, (prompt, output) in enumerate(samples):
-        start, anchors = len(prompt) - 1, len(output) - 1
-        text = torch.tensor(output, device=device)
-        found = {}
-        for name, map_ in token_maps.items():
-            hits = torch.zeros(anchors, num_steps, dtype=torch.bool)
-            for step, state in enumerate(states):
-                count = anchors - step
-                if count > 0:
-                    rows = F.linear(state[row, start : start + count], weights[name]).argmax(-1)
-                    drafts = rows if map_ is None else map_[rows]
-                    hits[:count, step] = (drafts == text[step + 1 :]).cpu()
-            found[name] = hits
-        results.append(found)
+        start = row * longest + len(prompt) - 1
+        anchors.append(torch.arange(start, start + len(output) - 1))
+        left.append(torch.arange(len(output) - 1, 0, -1))
+    ids, mask, where, left = (x.to(weight.device) for x in (ids, mask, torch.cat(anchors), torch.cat(left)))
+    _, states, _ = net.mtp_states(ids, mask, num_steps=num_steps, attention="exact")
+    text = torch.cat([ids.flatten(), ids.new_zeros(num_steps + 1)])
+    results: list[dict[str, Tensor]] = [{} for _ in samples]
+    for name, map_ in token_maps.items():
+        small = weight if map_ is None else weight[map_.to(weight.device)]
+        hits = torch.empty(len(where), num_steps, dtype=torch.bool, device=weight.device)
+        for step, state in enumerate(states):
+            rows = greedy(state.flatten(0, 1)[where], small)
+            drafts = rows if map_ is None else map_.to(weight.device)[rows]
+            hits[:, step] = (drafts == text[where + step + 2]) & (left > step)
+        for found, part in zip(results, hits.cpu().split([len(a) for a in anchors]), strict=True):
+            found[name] = part
     return results
+
+
+def measure_at(
+    model: Model,
+    samples: Sequence[dict],
+    at: Sequence[int],
+    token_maps: dict[str, Tensor | None] | None = None,
+    batch_tokens: int | None = None,
+) -> dict[int, Results]:
+    """{K: {(source, lang, map name): Acceptance}} for every K of `at`, from one pass with the largest.
+
+    samples: distilled ones (`prompt_ids`, `output_ids`); the map "full" is none. A batch holds at most `batch_tokens`
+    places (default by device), padding included.
+    """
+    maps = {FULL: None} | (token_maps or {})
+    batch_tokens = batch_tokens or (32768 if model.net.lm_head.weight.is_cuda else 8192)
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["prompt_ids"]) + len(samples[i]["output_ids"]))
+    hits: dict[int, dict[str, Tensor]] = {}
+    with tqdm(total=len(samples), desc="acceptance", unit="sample", leave=False) as bar:
+        while order:
+            longest = len(samples[order[-1]]["prompt_ids"]) + len(samples[order[-1]]["output_ids"])
+            batch = order[-max(1, batch_tokens // longest) :]
+            del order[-len(batch) :]
+            pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
+            hits |= zip(batch, draft_hits(model, pairs, max(at), maps), strict=True)
+            bar.update(len(batch))
+    results: dict[int, Results] = {steps: defaultdict(Acceptance) for steps in at}
+    for i, sample in enumerate(samples):
+        for name, found in hits[i].items():
+            for steps in at:
+                key = (sample.get("source", ""), sample.get("lang", ""), name)
+                results[steps][key].add(len(sample["output_ids"]), walk(found[:, :steps]))
+    return {steps: dict(rows) for steps, rows in results.items()}
 
 
 def measure(
     model: Model,
-    samples: Iterable[dict],
+    samples: Sequence[dict],
     num_steps: int,
     token_maps: dict[str, Tensor | None] | None = None,
-    batch_tokens: int = 8192,
-) -> dict[tuple[str, str, str], Acceptance]:
-    """{(source, lang, map name): Acceptance} over distilled samples (`prompt_ids`, `output_ids`); "full" is no map."""
-    maps = {FULL: None} | (token_maps or {})
-    samples = sorted(samples, key=lambda s: len(s["prompt_ids"]) + len(s["output_ids"]))
-    results: dict[tuple[str, str, str], Acceptance] = defaultdict(Acceptance)
-    with tqdm(total=len(samples), desc="acceptance", unit="sample") as bar:
-        while samples:
-            longest = len(samples[-1]["prompt_ids"]) + len(samples[-1]["output_ids"])
-            batch = samples[-max(1, batch_tokens // longest) :]
-            del samples[-len(batch) :]
-            pairs = [(s["prompt_ids"], s["output_ids"]) for s in batch]
-            for sample, found in zip(batch, draft_hits(model, pairs, num_steps, maps), strict=True):
-                for name, hits in found.items():
-                    key = (sample.get("source", ""), sample.get("lang", ""), name)
-                    results[key].add(len(sample["output_ids"]), walk(hits))
-            bar.update(len(batch))
-    return dict(results)
+    batch_tokens: int | None = None,
+) -> Results:
+    """`measure_at` for one K."""
+    return measure_at(model, samples, [num_steps], token_maps, batch_tokens)[num_steps]
 
 
-def pooled(results: dict[tuple[str, str, str], Acceptance], name: str = FULL) -> Acceptance:
+def pooled(results: Results, name: str = FULL) -> Acceptance:
     """All sources and languages of one map together."""
     total = Acceptance()
     for (_, _, map_), part in results.items():
         if map_ == name:
-            total.add(part.output_tokens, part.histogram)
+            total.merge(part)
     return total
 
 
-def read_samples(path: str | Path, vocab_size: int, limit: int | None = None) -> list[dict]:
-    """Distilled samples of a jsonl file. InputError names the line that lacks ids or has one outside the vocabulary."""
+def read_samples(path: str | Path, vocab_size: int, limit: int | None = None, tokenizer=None) -> list[dict]:
+    """Distilled samples of a jsonl file, or with a `tokenizer` curated rows too, whose last answer is then the output.
+
+    InputError names the line that lacks ids or has one outside the vocabulary.
+    """
     samples = []
     for number, row in files.read_jsonl(path):
+        messages = row.get("messages") or []
+        if tokenizer is not None and "output_ids" not in row and any(m.get("role") == "assistant" for m in messages):
+            row = {**row, **last_answer(tokenizer, messages)}
         for key in ("prompt_ids", "output_ids"):
             if not isinstance(row.get(key), list) or not row[key]:
                 raise InputError(f"{path}:{number}: no `{key}`; give distilled samples (python -m fastmtp.distill)")
@@ -150,25 +214,37 @@ def read_samples(path: str | Path, vocab_size: int, limit: int | None = None) ->
                     f"{path}:{number}: `{key}` has ids outside the model's {vocab_size} tokens; distil with this model"
                 )
         samples.append(row)
+        if len(samples) == limit:
+            break
     if not samples:
         raise InputError(f"{path}: no samples; check the file")
-    return samples[:limit]
+    return samples
 
 
-def table(results: dict[tuple[str, str, str], Acceptance]) -> str:
-    """Markdown: tau and position rates per source, language and map, then pooled."""
+def last_answer(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
+    """`prompt_ids` and `output_ids` of a chat's last turn; the ids that training would see."""
+    ids, labels = encode_chat(tokenizer, messages)
+    start = max((i + 1 for i, label in enumerate(labels) if label == IGNORE), default=0)
+    return {"prompt_ids": ids[:start], "output_ids": ids[start:]}
+
+
+def table(results: Results) -> str:
+    """Markdown: tau with its interval, and position rates, per source, language and map, then pooled."""
     names = list(dict.fromkeys(name for _, _, name in results))
     steps = len(next(iter(results.values())).histogram) - 1
-    lines = ["| source | lang | map | tokens | tau | " + " | ".join(f"draft {i + 1}" for i in range(steps)) + " |"]
-    lines.append("|---|---|---|---:|---:|" + "---:|" * steps)
+    lines = ["| source | lang | map | tokens | tau | 95 % | " + " | ".join(f"draft {i + 1}" for i in range(steps)) + " |"]
+    lines.append("|---|---|---|---:|---:|---:|" + "---:|" * steps)
     rows = sorted(results.items(), key=lambda row: (*row[0][:2], names.index(row[0][2])))
     for (source, lang, name), part in [*rows, *((("all", "", n), pooled(results, n)) for n in names)]:
         rates = " | ".join(f"{rate:.3f}" for rate in part.position_rates)
-        lines.append(f"| {source} | {lang} | {name} | {part.output_tokens} | {part.accept_length:.3f} | {rates} |")
+        low, high = part.interval
+        lines.append(
+            f"| {source} | {lang} | {name} | {part.output_tokens} | {part.accept_length:.3f} | {low:.3f} to {high:.3f} | {rates} |"
+        )
     return "\n".join(lines)
 
 
-def as_json(results: dict[tuple[str, str, str], Acceptance], head: str) -> list[dict]:
+def as_json(results: Results, head: str) -> list[dict]:
     """One object a row of `table` (pooled rows left out)."""
     return [
         {
@@ -178,6 +254,7 @@ def as_json(results: dict[tuple[str, str, str], Acceptance], head: str) -> list[
             "verify_passes": part.verify_passes,
             "histogram": part.histogram,
             "accept_length": part.accept_length,
+            "interval": part.interval,
             "position_rates": part.position_rates,
         }
         for key, part in sorted(results.items())
@@ -189,15 +266,16 @@ def parser() -> Parser:
         "python -m fastmtp.acceptance",
         "Accept length and per-position rates of a head on finished answers, from one teacher-forced pass.",
         "python -m fastmtp.acceptance --model models/smollm2-fastmtp --data data/heldout.jsonl \\\n"
-        "    --num-steps 3 --token-map vocab/smollm2/en_8k.pt --token-map vocab/smollm2/en_16k.pt",
+        "    --num-steps 7 --at 1,3,5 --token-map vocab/smollm2/en_8k.pt --token-map vocab/smollm2/en_16k.pt",
     )
     p.add_argument("--model", required=True, help="model folder")
     p.add_argument(
         "--head", action="append", help="a checkpoint or shipped head instead of the model's own; may be repeated"
     )
-    p.add_argument("--data", required=True, help="distilled samples (greedy ones predict greedy decoding)")
+    p.add_argument("--data", required=True, help="distilled or curated samples (greedy ones predict greedy decoding)")
     p.add_argument("--limit", type=int, help="use only the first N samples")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle, K (default 3)")
+    p.add_argument("--at", help="tau for these smaller K too, from the same pass, such as 1,3,5")
     p.add_argument("--token-map", action="append", default=[], help="also with this map (.pt); may be repeated")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -209,20 +287,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.num_steps < 1:
         raise InputError(f"--num-steps must be at least 1, not {args.num_steps}")
+    at = sorted({args.num_steps, *whole_numbers(args.at or "")})
+    if at[0] < 1 or at[-1] > args.num_steps:
+        raise InputError(f"--at must lie between 1 and --num-steps {args.num_steps}, not {args.at}")
     heads = {name: read_head(name) for name in args.head or [args.model]}
     model = load(args.model, args.dtype, args.device)
     maps = {Path(path).stem: load_token_map(path, model.net.vocab_size) for path in args.token_map}
-    samples = read_samples(args.data, model.net.vocab_size, args.limit)
-    rows, tables = [], []
+    samples = read_samples(args.data, model.net.vocab_size, args.limit, model.tokenizer)
+    rows, tables = {steps: [] for steps in at}, []
     for name, head in heads.items():
         model.net.load_head(head)
-        results = measure(model, samples, args.num_steps, maps)
-        rows += as_json(results, name)
-        tables.append(f"head: {name}\n\n{table(results)}\n")
+        for steps, results in measure_at(model, samples, at, maps).items():
+            rows[steps] += as_json(results, name)
+            tables.append(f"head: {name}, K={steps}\n\n{table(results)}\n")
     if args.out:
-        files.write_json(args.out, {"num_steps": args.num_steps, "rows": rows})
+        largest = rows.pop(args.num_steps)
+        files.write_json(args.out, {"num_steps": args.num_steps, "rows": largest, "at": rows})
         files.write_provenance(args.out, vars(args), [args.data, *args.token_map])
     print("\n".join(tables))
+
+
+def whole_numbers(text: str) -> list[int]:
+    """"1,3,5" -> [1, 3, 5]. InputError for anything else."""
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise InputError(f"'{text}' is no list of whole numbers such as 1,3,5") from None
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ Weight names are those of the released MiMo-7B checkpoints (`model.mtp_layers.0.
 the FastMTP loss of the head over K recursive steps; the backbone's own next-token logits are then never computed.
 Without labels it is an ordinary causal language model (generation, verification).
 
-This file, `recursion.py` and `losses.py` are also saved beside an exported checkpoint (`trust_remote_code=True`).
+This file, `recursion.py`, `losses.py` and `teacher.py` are also saved beside an exported checkpoint (`trust_remote_code=True`).
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,35 @@ from transformers.models.qwen2.modeling_qwen2 import (
     apply_rotary_pos_emb,
 )
 
-from .losses import mtp_loss
+from .losses import Objective, mtp_loss
 from .recursion import layout, recurse
 
 
 class MiMoConfig(Qwen2Config):
     """Qwen2's configuration, the number of MTP layers, and how the head is trained (recursion.py, losses.py).
 
-    mtp_num_steps: recursive steps K; mtp_beta: alpha_k is proportional to beta^(k-1); mtp_attention: paper | exact.
+    mtp_num_steps: recursive steps K; mtp_attention: paper | exact; the others: losses.Objective. Defaults are the paper's
+    loss on `exact` attention.
     """
 
     model_type = "mimo"
     num_nextn_predict_layers: int = 1
     mtp_num_steps: int = 3
-    mtp_beta: float = 0.6
     mtp_attention: str = "exact"
+    mtp_beta: float = 0.6
+    mtp_labels: str = "data"
+    mtp_top_k: int = 64
+    mtp_temperature: float = 1.0
+    mtp_prefix_floor: float = 1.0
+    mtp_mean: str = "token"
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(**{field.name: getattr(self, f"mtp_{field.name}") for field in fields(Objective)})
+
+
+# the keys of a recipe's `model_kwargs`, and their kinds
+SETTINGS = {field.name: type(field.default) for field in fields(MiMoConfig) if field.name.startswith("mtp_")}
 
 
 @dataclass
@@ -175,9 +189,9 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
             )
         if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
             raise ValueError("the head needs whole sequences: set `use_logits_to_keep: false` in the recipe")
-        _, states, segments = self.mtp_states(input_ids, attention_mask, position_ids)
+        hidden, states, segments = self.mtp_states(input_ids, attention_mask, position_ids)
         loss, step_losses = mtp_loss(
-            states, self.lm_head.weight, labels, segments, self.config.mtp_beta, num_items_in_batch
+            states, hidden, self.lm_head.weight, labels, segments, self.config.objective, num_items_in_batch
         )
         return MTPLossOutput(loss=loss, step_losses=step_losses)
 

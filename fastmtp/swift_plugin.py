@@ -2,9 +2,10 @@
 
 - loader: MiMo layout, head kept in float32 under bf16 autocast (in bf16 the norms' small updates round away);
 - template: the model's own chat template (chat.py), per-step losses in the log, head-only checkpoints;
+- callback `mtp_tau`: accept length on held-out samples at every checkpoint, the best one kept and linked;
 - a run whose trainable set is not exactly the head stops before its first step.
 
-Recipes set K, beta and the attention with `model_kwargs: {mtp_num_steps, mtp_beta, mtp_attention}`.
+Recipes give the head's settings as `model_kwargs`, which ms-swift turns into environment variables.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from swift.arguments import SftArguments
+from swift.callbacks import TrainerCallback, callbacks_map
 from swift.model import ModelGroup, ModelLoader, ModelMeta, register_model
 from swift.template import Template, TemplateMeta, register_template
 
+from fastmtp.acceptance import measure, pooled, read_samples
 from fastmtp.chat import encode_chat
+from fastmtp.decoding import Model
 from fastmtp.export import PREFIX
-from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
 
 NAME = "fastmtp_mimo"
-SETTINGS = {"mtp_num_steps": int, "mtp_beta": float, "mtp_attention": str}
 
 
 def swift_keys() -> set[str]:
@@ -38,7 +42,7 @@ class MiMoLoader(ModelLoader):
     def get_config(self, model_dir: str):
         self.auto_config_cls = MiMoConfig
         config = super().get_config(model_dir)
-        for name, kind in SETTINGS.items():  # ms-swift turns model_kwargs into environment variables
+        for name, kind in SETTINGS.items():
             if name.upper() in os.environ:
                 setattr(config, name, kind(os.environ[name.upper()]))
         return config
@@ -73,6 +77,58 @@ class MTPTemplate(Template):
         save_file(head, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
 
 
+class TauCallback(TrainerCallback):
+    """At every checkpoint: `eval_tau` and `eval_rate_k` of MTP_EVAL_DATA's first MTP_EVAL_LIMIT samples, in the log.
+
+    The figures are fastmtp.acceptance's for the same samples, K and precision (under bf16 autocast the head's weights
+    are float32 here and bfloat16 there). Rank 0 measures. The best checkpoint is kept whatever `save_total_limit`.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            raise RuntimeError("mtp_eval_data needs the whole model on one rank; leave it out with FSDP and ZeRO-3")
+        limit, path = os.environ.get("MTP_EVAL_LIMIT"), os.environ["MTP_EVAL_DATA"]
+        vocab_size = self.net.config.vocab_size
+        self.samples = read_samples(path, vocab_size, int(limit) if limit else None, trainer.template.tokenizer)
+
+    @property
+    def net(self) -> MiMoForCausalLM:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            figures = [self.figures() if state.is_world_process_zero else None]
+            if dist.is_initialized():
+                dist.broadcast_object_list(figures, src=0)
+            self.trainer.model.eval()  # the log of a model in training would also empty the means of the step losses
+            training_log = control.should_log  # and any log calls off the one that is due
+            self.trainer.log(dict(figures[0]))
+            control.should_log = training_log
+            self.trainer.model.train()
+            if state.best_metric is None or figures[0]["eval_tau"] > state.best_metric:
+                state.best_metric, state.best_global_step = figures[0]["eval_tau"], state.global_step
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.best_model_checkpoint:
+            best = Path(state.best_model_checkpoint)
+            link, temporary = best.with_name("best-checkpoint"), best.with_name(".best-checkpoint.tmp")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(best.name)
+            os.replace(temporary, link)
+
+    def figures(self) -> dict[str, float]:
+        net = self.net
+        mixed = net.head.input_proj.weight.dtype != net.lm_head.weight.dtype
+        with torch.autocast(net.lm_head.weight.device.type, torch.bfloat16, enabled=mixed):
+            total = pooled(measure(Model(net, None, set()), self.samples, net.config.mtp_num_steps))
+        rates = {f"eval_rate_{k}": round(rate, 4) for k, rate in enumerate(total.position_rates, 1)}
+        return {"eval_tau": round(total.accept_length, 4)} | rates
+
+
 def check_trainable(model: torch.nn.Module) -> None:
     """RuntimeError unless exactly the head's parameters require gradients."""
     wrong = [n for n, p in model.named_parameters() if p.requires_grad != n.startswith(PREFIX)]
@@ -83,6 +139,7 @@ def check_trainable(model: torch.nn.Module) -> None:
         )
 
 
+callbacks_map["mtp_tau"] = TauCallback
 register_template(TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], suffix=[], template_cls=MTPTemplate))
 register_model(
     ModelMeta(NAME, [ModelGroup([])], MiMoLoader, template=NAME, architectures=["MiMoForCausalLM"]), exist_ok=True

@@ -1,7 +1,8 @@
 """Fine-tune the head: check a recipe, then run `swift sft` on it (stock ms-swift, our plugin).
 
-A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (mtp_num_steps, mtp_beta,
-mtp_attention). Overrides are flags of the same names, the head's settings too. An unknown key is an error.
+A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (modeling_mimo.MiMoConfig's mtp_*). With
+`mtp_eval_data`, held-out samples of which `mtp_eval_limit` are used, tau is measured at every checkpoint, and the link
+`best-checkpoint` keeps the best. Overrides are flags of the same names. An unknown key is an error.
 
     python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5
     NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml --resume_from_checkpoint runs/mimo7b_k3/last-checkpoint
@@ -22,9 +23,10 @@ import yaml
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.export import read_head
+from fastmtp.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.recursion import ATTENTIONS
 
-HEAD_KEYS = ("mtp_num_steps", "mtp_beta", "mtp_attention")
+HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit")
 NEEDED = ("model", "model_type", "external_plugins", "dataset", "output_dir", "model_kwargs")
 
 
@@ -74,13 +76,20 @@ def check(recipe: dict, known: set[str], where: str) -> None:
         if not recipe.get(key):
             raise InputError(f"{where}: the key '{key}' is missing; see configs/quickstart.yaml")
     head = recipe["model_kwargs"]
-    steps, beta = head.get("mtp_num_steps"), head.get("mtp_beta")
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"{where}: mtp_num_steps must be a whole number of at least 1, not {steps}")
-    if not isinstance(beta, (int, float)) or beta <= 0:
-        raise InputError(f"{where}: mtp_beta must be a number above 0, not {beta}")
-    if head.get("mtp_attention") not in ATTENTIONS:
-        raise InputError(f"{where}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {head.get('mtp_attention')}")
+    steps, attention, limit = head.get("mtp_num_steps"), head.get("mtp_attention"), head.get("mtp_eval_limit", 1)
+    for name, value in (("mtp_num_steps", steps), ("mtp_eval_limit", limit)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{where}: {name} must be a whole number of at least 1, not {value}")
+    if attention not in ATTENTIONS:
+        raise InputError(f"{where}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {attention}")
+    try:
+        _ = MiMoConfig(**{name: value for name, value in head.items() if name in SETTINGS}).objective
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    if "mtp_eval_data" in head:
+        if recipe.get("val_dataset"):
+            raise InputError(f"{where}: mtp_eval_data picks the best checkpoint by tau, val_dataset by loss; leave one out")
+        files.existing(head["mtp_eval_data"], f"file ('mtp_eval_data' in {where})")
     read_head(recipe["model"])
     for key in ("dataset", "val_dataset"):
         names = recipe.get(key) or []
@@ -91,6 +100,8 @@ def check(recipe: dict, known: set[str], where: str) -> None:
 
 def train(recipe: dict) -> None:
     """Run `swift sft` on a checked recipe; its resolved form is kept in output_dir. SystemExit(1) if it fails."""
+    if "mtp_eval_data" in recipe["model_kwargs"]:
+        recipe = {**recipe, "callbacks": [*recipe.get("callbacks", []), "mtp_tau"]}
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "recipe.yaml"  # ms-swift copies it to output_dir
         resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,10 +1,26 @@
 """Acceptance from one teacher-forced pass is what the decoder counts; and it is near zero where drafts are nonsense."""
 
+import json
+
 import pytest
 import torch
 from tiny import tiny_model, wrap
 
-from fastmtp.acceptance import FULL, as_json, draft_hits, measure, pooled, table, walk
+from fastmtp.acceptance import (
+    FULL,
+    Acceptance,
+    as_json,
+    bootstrap,
+    draft_hits,
+    measure,
+    measure_at,
+    pooled,
+    read_samples,
+    table,
+    walk,
+)
+from fastmtp.chat import prompt_ids
+from fastmtp.cli import InputError
 from fastmtp.decoding import generate
 
 
@@ -114,3 +130,35 @@ def test_rows_by_source_and_map(useful):
     assert sum(row["output_tokens"] for row in rows if row["map"] == FULL) == pooled(found).output_tokens
     assert {row["head"] for row in rows} == {"the head"}
     assert len(table(found).splitlines()) == 2 + 4 + 2
+
+
+def test_several_k_from_one_pass_are_those_measured_alone(useful):
+    samples = samples_of(useful)
+    for steps, found in measure_at(useful.model, samples, [1, 2, 5], {"map": useful.token_map}).items():
+        alone = measure(useful.model, samples, steps, {"map": useful.token_map}, batch_tokens=200)
+        assert found == alone and len(pooled(found).histogram) == steps + 1
+
+
+def test_the_interval_is_that_of_resampled_answers():
+    """Equal answers leave no doubt; of two kinds, tau lies between theirs; the draws of two heads are the same answers."""
+    same, mixed = Acceptance(), Acceptance()
+    for i in range(40):
+        same.add(20, [4, 8])
+        mixed.add(20, [4, 8] if i % 2 else [18, 1])
+    assert same.interval == pytest.approx((20 / 12, 20 / 12))
+    low, high = mixed.interval
+    assert 20 / 19 < low < mixed.accept_length < high < 20 / 12
+    doubled = bootstrap([(2 * tokens, passes) for tokens, passes in mixed.samples])
+    assert torch.equal(doubled, 2 * bootstrap(mixed.samples))
+
+
+def test_curated_rows_are_measured_like_distilled_ones(tmp_path, tokenizer):
+    answer = tokenizer("two plus two is four")["input_ids"] + [tokenizer.eos_token_id]
+    first = {"role": "assistant", "content": {"token_ids": answer[:3]}}
+    messages = [{"role": "user", "content": "what?"}, first, {"role": "user", "content": "and?"}]
+    row = {"messages": [*messages, {"role": "assistant", "content": {"token_ids": answer}}]}
+    (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = read_samples(tmp_path / "eval.jsonl", len(tokenizer), tokenizer=tokenizer)
+    assert found["output_ids"] == answer and found["prompt_ids"] == prompt_ids(tokenizer, messages)
+    with pytest.raises(InputError, match="prompt_ids"):
+        read_samples(tmp_path / "eval.jsonl", len(tokenizer))

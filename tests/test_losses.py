@@ -230,7 +230,7 @@ def test_only_the_head_gets_gradients_and_the_backbone_no_graph():
 def test_mtp_loss_normalises_by_what_it_is_told():
     net = tiny_model(15, spread=0.15)
     ids, labels = documents()[2]
-    _, states, segments = net.mtp_states(ids[None])
-    by_own = mtp_loss(states, net.lm_head.weight, labels[None], segments, 0.6, None)[0]
-    by_hundred = mtp_loss(states, net.lm_head.weight, labels[None], segments, 0.6, torch.tensor(100))[0]
+    hidden, states, segments = net.mtp_states(ids[None])
+    by_own = mtp_loss(states, hidden, net.lm_head.weight, labels[None], segments, net.config.objective, None)[0]
+    by_hundred = mtp_loss(states, hidden, net.lm_head.weight, labels[None], segments, net.config.objective, torch.tensor(100))[0]
     torch.testing.assert_close(by_own * int((labels[1:] != IGNORE).sum()), by_hundred * 100)

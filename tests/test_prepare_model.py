@@ -182,7 +182,7 @@ def released(folder: Path) -> Path:
     config |= {"model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}, "rope_theta": 640000}
     del config["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(config))
-    for name in ("modeling_mimo.py", "recursion.py", "losses.py"):
+    for name in ("modeling_mimo.py", "recursion.py", "losses.py", "teacher.py"):
         (folder / name).unlink()
     (folder / "configuration_mimo.py").write_text("raise RuntimeError('remote code was run')\n")
     return folder

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import save_folder
 
-from fastmtp.export import HEAD_TENSORS, PREFIX, export
+from fastmtp.acceptance import measure, pooled, read_samples
+from fastmtp.decoding import load
+from fastmtp.export import HEAD_TENSORS, PREFIX, export, read_head
 
 pytest.importorskip("swift")
 pytestmark = pytest.mark.slow
@@ -35,6 +37,7 @@ def sft(work: Path, name: str, environment: dict[str, str] | None = None, **over
         "save_steps": HALF,
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
+        "mtp_eval_data": work / "heldout.jsonl",
         **overrides,
     }
     flags = [part for key, value in settings.items() for part in (f"--{key}", *str(value).split(" "))]
@@ -72,7 +75,9 @@ def work(tmp_path_factory, tokenizer) -> Path:
                 {"role": "assistant", "content": {"token_ids": answer}},
             ]
         rows.append({"messages": messages})
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "heldout.jsonl").write_text("".join(lines[:9]), encoding="utf-8")
     return folder
 
 
@@ -112,6 +117,24 @@ def test_the_log_has_the_loss_of_each_step_and_they_make_up_the_loss(whole):
     assert json.loads((whole / "run.json").read_text())["config"]["model_kwargs"]["mtp_num_steps"] == 3
 
 
+def logged_taus(folder: Path) -> dict[int, float]:
+    """{step: tau} of a run's log."""
+    rows = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
+    return {int(row["global_step/max_steps"].split("/")[0]): row["eval_tau"] for row in rows if "eval_tau" in row}
+
+
+def test_tau_in_the_log_is_what_acceptance_measures_and_the_best_is_linked(work, whole):
+    logged = logged_taus(whole)
+    assert list(logged) == [HALF, STEPS]
+    model = load(work / "model")
+    samples = read_samples(work / "heldout.jsonl", model.net.vocab_size, tokenizer=model.tokenizer)
+    for step, tau in logged.items():
+        model.net.load_head(read_head(whole / f"checkpoint-{step}"))
+        assert tau == pytest.approx(pooled(measure(model, samples, 3)).accept_length, abs=1e-4)
+    best = max(logged, key=lambda step: (logged[step], -step))
+    assert os.readlink(whole / "best-checkpoint") == f"checkpoint-{best}"
+
+
 def test_resume_is_bit_equal(work, whole):
     succeeded(sft(work, "resumed", **FLOAT32, resume_from_checkpoint=whole / f"checkpoint-{HALF}"))
     checkpoint = f"checkpoint-{STEPS}"
@@ -135,6 +158,7 @@ def test_two_processes_are_one(work, whole):
         probe.bind(("127.0.0.1", 0))
         environment = {"NPROC_PER_NODE": "2", "MASTER_PORT": str(probe.getsockname()[1])}
     succeeded(sft(work, "two", environment, **FLOAT32, per_device_train_batch_size=2, ddp_backend="gloo"))
+    assert logged_taus(work / "two") == pytest.approx(logged_taus(whole), abs=1e-3)
     base = weights(work / "model")
     wanted, found = weights(whole / f"checkpoint-{STEPS}"), weights(work / "two" / f"checkpoint-{STEPS}")
     assert wanted.keys() == found.keys()
