@@ -23,7 +23,7 @@ from fastmtp.sglang_ext.active_head import ActiveHead
 
 VOCAB, CHECK = "FASTMTP_DRAFT_VOCAB", "FASTMTP_CHECK_DRAFTS"
 FIELD = "draft_lang"  # in a request's custom_params
-REPORT_S = 30.0
+REPORT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ class MiMoMTP(StockMiMoMTP):
         self.record = Record(get_parallel().tp_rank == 0)
         active.activate(self.vocab.first())
         sizes = ", ".join(f"{name} {len(ids)}" for name, ids in self.vocab.maps.items())
-        self.record.say(f"ready, policy {self.vocab.policy}, maps {sizes}; active {active.active}")
+        # Printed, for fastmtp.serve looks for this line, whatever the log level is.
+        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}; active {active.active}")
         wrap_worker()
 
     def load_weights(self, weights):
@@ -94,6 +95,10 @@ class Record:
             drafted = prometheus_client.Counter("fastmtp:drafted_tokens", "Tokens drafted with a token map", ["map"])
             self.metrics = switches, drafted
 
+    def ready(self, text: str) -> None:
+        if self.shown:
+            print(f"draft vocabulary: ready, {text}", flush=True)
+
     def say(self, text: str) -> None:
         if self.shown:
             logger.info("draft vocabulary: %s", text)
@@ -104,7 +109,7 @@ class Record:
             self.metrics[0].labels(map=name).inc()
 
     def drew(self, name: str, tokens: int) -> None:
-        """Count drafts; every 30 seconds with drafts, a line."""
+        """Count drafts; every ten seconds with drafts, a line."""
         self.drafted[name] += tokens
         if self.metrics:
             self.metrics[1].labels(map=name).inc(tokens)
