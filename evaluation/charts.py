@@ -121,13 +121,20 @@ def acceptance(report: dict, arms: list[str]):
 
 
 def draw_speed_model(points: list[dict], out: Path) -> None:
-    """speed.png: speed-up against K, one line a draft vocabulary, measured and (thin) as memory bandwidth bounds it."""
+    """speed.png: speed-up against K, one line a draft vocabulary, measured and (thin) as memory bandwidth bounds it.
+
+    No picture where nothing can be compared with plain decoding.
+    """
+    drafting = [p for p in points if p["num_steps"] and p["speedup"]]
+    if not drafting:
+        return
     plain = next(point for point in points if point["num_steps"] == 0)
     figure, axes = plt.subplots(figsize=(6.8, 4.4))
-    for number, name in enumerate(dict.fromkeys(p["map"] for p in points if p["num_steps"])):
-        rows = sorted((p for p in points if p["num_steps"] and p["map"] == name), key=lambda p: p["num_steps"])
+    for number, (variant, name) in enumerate(dict.fromkeys((p["variant"], p["map"]) for p in drafting)):
+        rows = [p for p in drafting if (p["variant"], p["map"]) == (variant, name)]
+        rows.sort(key=lambda p: p["num_steps"])
         ks, look = [p["num_steps"] for p in rows], _style(number)
-        axes.plot(ks, [p["speedup"] for p in rows], **look, label=f"{name or 'full'} head")
+        axes.plot(ks, [p["speedup"] for p in rows], **look, label=f"{variant} {name or 'full'} head".strip())
         bound = [p["tau"] / p["bound_ms"] * plain["bound_ms"] for p in rows]
         axes.plot(ks, bound, color=look["color"], linewidth=1, linestyle=":")
     axes.plot([], [], color="grey", linewidth=1, linestyle=":", label="bandwidth bound")

@@ -30,6 +30,12 @@ from fastmtp import serve
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.files import atomic, existing, write_json, write_jsonl, write_provenance
 
+PROMPT_ROOM = 8192  # tokens of a prompt that a server with a fixed key-value pool has room for
+# SGLang has no float32 kernel of its plain RMSNorm and none of FlashAttention 3; deterministic inference replaces the
+# first. Triton multiplies float32 in TensorFloat-32, 10 bits, unless told otherwise.
+FLOAT32_FLAGS = ["--enable-deterministic-inference", "--attention-backend", "triton"]
+FLOAT32_ENVIRONMENT = {"TRITON_F32_DEFAULT": "ieee"}
+
 
 def parser() -> Parser:
     p = Parser(
@@ -62,6 +68,7 @@ def add_arguments(p: Parser) -> None:
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
     p.add_argument("--parallel", type=int, default=1, help="requests in flight; speed-ups are defined at 1")
+    p.add_argument("--at-once", type=int, default=1, help="servers started side by side, asked one after the other")
     p.add_argument("--backend", choices=("sglang", "reference"), default="sglang")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default bfloat16 on sglang, float32 on reference")
     p.add_argument("--device", default="cpu", help="of the reference backend (default %(default)s)")
@@ -82,6 +89,8 @@ class Plan:
 
     def __init__(self, args, sglang_flags: list[str]):
         harness.check_counts(args)
+        if args.at_once < 1:
+            raise InputError(f"--at-once {args.at_once}: must be at least 1")
         existing(args.model, "model folder")
         self.args, self.flags, self.out = args, sglang_flags, Path(args.out)
         if args.vanilla_model:
@@ -103,6 +112,10 @@ class Plan:
         a = self.args
         return Settings(task.name, arm.name, arm.model, a.temperature, a.max_gen_length, a.seed, self.dtype)
 
+    def note(self, arm: Arm) -> Path:
+        """Where the arm's answers come from: engine, versions."""
+        return self.out / "environments" / f"{arm.folder}.json"
+
     def answer_file(self, arm: Arm, task: Task) -> Path:
         return self.out / "answers" / arm.folder / f"{task.name}.jsonl"
 
@@ -116,13 +129,16 @@ class Plan:
 
 def ask_all(plan: Plan, repeat_questions: int) -> tuple[list[tuple[Arm, Task, list[dict]]], dict[str, dict]]:
     """Answers of every arm and task, and each arm's environment. Raises BackendError or ServerError."""
+    jobs = plan.jobs(repeat_questions)
+    missing = [(arm, limit) for arm, limit in jobs if not (plan.note(arm).exists() and _complete(plan, arm, limit))]
+    for first in range(0, len(missing), plan.args.at_once):
+        group = missing[first : first + plan.args.at_once]
+        with _servers(plan, [arm for arm, _ in group]) as urls:
+            for (arm, limit), url in zip(group, urls, strict=True):
+                write_json(plan.note(arm), asyncio.run(_ask_arm(plan, arm, limit, url)))
     found, environments = [], {}
-    for arm, limit in plan.jobs(repeat_questions):
-        note = plan.out / "environments" / f"{arm.folder}.json"
-        if not (note.exists() and _complete(plan, arm, limit)):
-            with _server(plan, arm) as url:
-                write_json(note, asyncio.run(_ask_arm(plan, arm, limit, url)))
-        environments[arm.name] = json.loads(note.read_text())
+    for arm, limit in jobs:
+        environments[arm.name] = json.loads(plan.note(arm).read_text())
         for task in plan.tasks:
             done = harness.read_answers(plan.answer_file(arm, task), plan.settings(arm, task))
             keys = question_keys(task, plan.questions[task.name][:limit])
@@ -157,21 +173,46 @@ async def _ask_arm(plan: Plan, arm: Arm, limit: int, url: str | None) -> dict:
 
 
 @contextlib.contextmanager
-def _server(plan: Plan, arm: Arm) -> Iterator[str | None]:
-    """URL of a server for one arm; None with the reference backend."""
+def _servers(plan: Plan, arms: list[Arm]) -> Iterator[list[str | None]]:
+    """URLs of servers, one for each arm, that started side by side; None with the reference backend.
+
+    Raises ServerError where one does not come up.
+    """
     if plan.args.backend == "reference":
-        yield None
+        yield [None] * len(arms)
         return
     serve.sglang_version()
-    port, streams = plan.args.port, str(plan.args.parallel)
+    print(f"{', '.join(arm.name for arm in arms)}: starting", file=sys.stderr, flush=True)
+    servers = [
+        serve.Server(
+            _command(plan, arm, plan.args.port + n),
+            plan.args.port + n,
+            plan.out / "logs" / f"{arm.folder}.log",
+            env=FLOAT32_ENVIRONMENT if plan.dtype == "float32" else None,
+        )
+        for n, arm in enumerate(arms)
+    ]
+    with serve.together(servers) as outcomes:
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+        yield [server.url for server in servers]
+
+
+def _command(plan: Plan, arm: Arm, port: int) -> list[str]:
+    """SGLang's command line for one arm."""
+    streams = str(plan.args.parallel)
     defaults = ["--dtype", plan.dtype, "--mem-fraction-static", "0.7"]
+    if plan.args.at_once > 1:
+        # Shares of free memory mean nothing while others are taking theirs: a fixed key-value pool for each.
+        tokens = plan.args.parallel * (plan.args.max_gen_length + PROMPT_ROOM)
+        defaults[-1:] = ["0.95", "--max-total-tokens", str(tokens)]
     defaults += ["--max-running-requests", streams, "--cuda-graph-max-bs-decode", streams]
     defaults += ["--disable-prefill-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none"]
+    if plan.dtype == "float32":
+        defaults += FLOAT32_FLAGS
     flags = serve.without(defaults, plan.flags) + plan.flags
-    line = serve.command(arm.model, arm.num_steps, arm.token_map, 1, port, flags)
-    print(f"{arm.name}: starting a server", file=sys.stderr, flush=True)
-    with serve.Server(line, port, plan.out / "logs" / f"{arm.folder}.log") as server:
-        yield server.url
+    return serve.command(arm.model, arm.num_steps, arm.token_map, 1, port, flags)
 
 
 def result_lines(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], environments: dict[str, dict]) -> list[dict]:

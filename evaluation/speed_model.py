@@ -5,6 +5,8 @@
 Drafting, verification and the draft's extension run as they would; only how many drafts count as accepted is drawn
 so that its mean is the accept length of `--rates`. So time a cycle is measured and accept length assumed. A server
 is started for every point (SGLang reads the simulated length once); finished points are not measured again.
+`--at-once N` starts N servers side by side and still asks one after the other; `--variant` compares engine flags,
+each variant against plain decoding under the same flags.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import asyncio
 import json
 import random
 import re
+import shlex
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -31,7 +35,51 @@ from fastmtp.cli import InputError, Parser, run
 from fastmtp.files import atomic, read_jsonl, write_json, write_provenance
 from fastmtp.token_map import parse_size
 
+EXTENSION = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # a variant with it takes its maps through fastmtp.sglang_ext
 PROFILED_CYCLES = 40
+PROFILED_TOKENS = 1024  # of the traced answer: more than 0.3 s and the traced cycles take at any K
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Engine settings to compare: SGLang's flags and environment variables. The nameless one has none.
+
+    base: the variant whose plain decoding is the measure, where these settings touch drafting alone.
+    """
+
+    name: str = ""
+    base: str = ""
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def plain_flags(self) -> list[str]:
+        """Those that make sense without drafts."""
+        drafting = [flag for flag in self.flags if flag.startswith("--speculative-")]
+        return serve.without(list(self.flags), drafting)
+
+
+def parse_variants(items: list[str]) -> list[Variant]:
+    """`NAME[:BASE]=[VARIABLE=VALUE ...] [SGLang flags]` each. Raises InputError for another form."""
+    found = []
+    for item in items:
+        match = re.fullmatch(r"(\w[\w-]*)(?::(\w[\w-]*))?=(.*)", item, re.DOTALL)
+        if not match:
+            raise InputError(f"--variant {item}: expected NAME=FLAGS, for example 'fa3=--attention-backend fa3'")
+        name, base, rest = match.groups()
+        if base and base not in {v.name for v in found if not v.base}:
+            raise InputError(f"--variant {item}: no variant {base} with plain decoding of its own stands before it")
+        words = shlex.split(rest)
+        first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+        pairs = [word.partition("=") for word in words[:first]]
+        if not all(sign for _, sign, _ in pairs):
+            raise InputError(f"--variant {item}: before the flags only VARIABLE=VALUE may stand")
+        found.append(
+            Variant(name, base or "", tuple(serve.renamed(words[first:])), {key: value for key, _, value in pairs})
+        )
+    doubled = {v.name for v in found if sum(w.name == v.name for w in found) > 1}
+    if doubled:
+        raise InputError(f"--variant: {', '.join(sorted(doubled))} is named twice")
+    return found or [Variant()]
 
 
 @dataclass(frozen=True)
@@ -42,56 +90,93 @@ class Point:
     map_name: str | None
     head_rows: int
     tau: float
+    variant: Variant = Variant()
+    repeat: bool = False
 
     @property
     def name(self) -> str:
-        if not self.num_steps:
-            return "baseline"
-        return f"k{self.num_steps}-{self.map_name or 'full'}"
+        what = f"k{self.num_steps}-{self.map_name or 'full'}" if self.num_steps else "baseline"
+        return (f"{self.variant.name}." if self.variant.name else "") + what + ("-repeat" if self.repeat else "")
+
+    @property
+    def extended(self) -> bool:
+        """Whether our own draft model shortens the draft's vocabulary, instead of SGLang's --speculative-token-map."""
+        return bool(self.map_name) and EXTENSION in self.variant.environment
 
     def environment(self) -> dict[str, str]:
         """What makes SGLang accept `tau` tokens a pass on average, with real draft tokens in the output."""
+        kept = {k: v for k, v in self.variant.environment.items() if k != EXTENSION or self.extended}
         if not self.num_steps:
-            return {}
-        return {
+            return kept
+        return kept | {
             "SGLANG_SIMULATE_ACC_LEN": f"{self.tau:.4f}",
             "SGLANG_SIMULATE_ACC_METHOD": "match-expected",
             "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
         }
 
 
-def points(shape: dict, steps: str, maps: str, rates: shapes.Rates) -> list[Point]:
-    """Baseline, then every K with every map. Raises InputError for what cannot be measured."""
+def points(
+    shape: dict, steps: str, maps: str, rates: shapes.Rates, variants: list[Variant], repeat: bool = False
+) -> list[Point]:
+    """For each variant plain decoding, then every K with every map, then plain decoding again if `repeat`.
+
+    Raises InputError for what cannot be measured.
+    """
     try:
         wanted = [int(step) for step in steps.split(",")]
     except ValueError:
         raise InputError(f"--steps {steps}: expected whole numbers such as 1,2,3") from None
     if min(wanted) < 1:
         raise InputError(f"--steps {steps}: plain decoding is measured anyway; give numbers from 1")
-    found = [Point(0, None, shape["vocab_size"], 1.0)]
+    sizes = []
     for name in maps.split(","):
         map_name = None if name == "full" else name
         rows = shape["vocab_size"] if map_name is None else parse_size(re.sub(r"^[A-Za-z_]+", "", name))
         if rows > shape["vocab_size"]:
             raise InputError(f"--maps {name}: larger than the vocabulary of {shape['vocab_size']}")
-        found += [Point(k, map_name, rows, rates.tau(k, map_name)) for k in wanted]
+        sizes.append((map_name, rows))
+    found = []
+    for variant in variants:
+        plain = [] if variant.base else [Point(0, None, shape["vocab_size"], 1.0, variant)]
+        found += plain
+        found += [Point(k, name, rows, rates.tau(k, name), variant) for name, rows in sizes for k in wanted]
+        found += [replace(point, repeat=True) for point in plain if repeat]
     return found
 
 
 def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str]:
-    """SGLang's command line for one point; the map's file is made beside the model folder."""
+    """SGLang's command line for one point; the map's file is made beside the model folder.
+
+    SGLang takes all memory that is free when it looks, minus a share of what was free when it started; so beside
+    others that start too, the key-value pool needs a fixed size, and the share must not bind.
+    """
     defaults = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--random-seed", "0"]
-    defaults += ["--mem-fraction-static", "0.7", "--context-length", "4096"]
+    defaults += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
+    defaults += ["--chunked-prefill-size", "2048", "--sleep-on-idle"]
     defaults += ["--max-running-requests", "1", "--cuda-graph-max-bs-decode", "1", "--disable-prefill-cuda-graph"]
     defaults += ["--skip-server-warmup", "--grammar-backend", "none"]
     token_map = None
-    if point.map_name:
+    if point.map_name and not point.extended:
         # Which rows does not matter to speed; how many does.
         token_map = folder / f"map_{point.map_name}.pt"
         with atomic(token_map) as temporary:
             torch.save(torch.arange(point.head_rows, dtype=torch.int64), temporary)
-    flags = serve.without(defaults, flags) + flags
-    return serve.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, flags)
+    own = list(point.variant.flags) if point.num_steps else point.variant.plain_flags()
+    given = serve.without(own, flags) + flags
+    given = serve.without(defaults, given) + given
+    return serve.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, given)
+
+
+def vocabulary(point: Point, folder: Path) -> dict[str, str]:
+    """Environment in which our own draft model takes the point's map; its file is made beside the model folder."""
+    from fastmtp.draft_vocab import DraftVocab
+    from fastmtp.script_table import ScriptTable
+
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    no_letters = ScriptTable(np.zeros(vocab_size, np.uint8), np.zeros(vocab_size, np.float32))
+    path = folder / f"vocab_{point.map_name}.pt"
+    DraftVocab({"all": torch.arange(point.head_rows)}, "fixed:all", no_letters).save(path)
+    return serve.extension(path)
 
 
 async def measure(url: str, point: Point, requests: int, prompt_tokens: int, tokens: int, timeout: float) -> list[Turn]:
@@ -119,17 +204,20 @@ async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) ->
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.glob("*.trace.json.gz"))
     async with Server(url, timeout) as server:
-        # Prefill counts as a step too; two steps of slack keep the whole trace within the request.
-        request = {"output_dir": str(folder.resolve()), "num_steps": PROFILED_CYCLES, "activities": ["CPU", "GPU"]}
-        await server.post("/start_profile", request)
-        await server.ask(list(range(1000, 1000 + prompt_tokens)), 8 * PROFILED_CYCLES, ignore_eos=True)
+        # GPU activity alone: recording the host's calls too would slow the very host whose gaps are looked for.
+        request = {"output_dir": str(folder.resolve()), "num_steps": PROFILED_CYCLES, "activities": ["GPU"]}
+        prompt = list(range(1000, 1000 + prompt_tokens))
+        answer = asyncio.ensure_future(server.ask(prompt, PROFILED_TOKENS, ignore_eos=True))
+        await asyncio.sleep(0.3)  # past the prefill: only whole decoding cycles are wanted
+        await server.post("/start_profile", request | {"with_stack": False, "record_shapes": False})
+        await answer
     end, size = time.monotonic() + 120, -1
     while time.monotonic() < end:
         new = sorted(set(folder.glob("*.trace.json.gz")) - before)
         if new and new[0].stat().st_size == size:
-            return trace.summarise(trace.read_events(new[0]), PROFILED_CYCLES)
+            return trace.summarise(trace.read_events(new[0]))
         size = new[0].stat().st_size if new else -1
-        await asyncio.sleep(2)
+        await asyncio.sleep(1)
     raise BackendError(f"{folder}: no trace appeared within 120 s; see the server's log")
 
 
@@ -146,6 +234,10 @@ def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, ban
     speeds = [(len(t.output_ids) - t.first_tokens) / (t.latency_s - t.first_s) for t in turns]
     return {
         "name": point.name,
+        "variant": point.variant.name,
+        "base": point.variant.base or point.variant.name,
+        "variant_flags": list(point.variant.flags),
+        "repeat": point.repeat,
         "num_steps": point.num_steps,
         "map": point.map_name,
         "head_rows": point.head_rows,
@@ -195,12 +287,22 @@ def parser() -> Parser:
     p.add_argument(
         "--rates", default="paper", metavar="paper|FILE", help="acceptance by position: the paper's or a results.jsonl"
     )
+    p.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME[:BASE]=FLAGS",
+        help="measure under these SGLang flags, VARIABLE=VALUE before them, against BASE's plain decoding or their own",
+    )
+    p.add_argument("--repeat-baseline", action="store_true", help="plain decoding once more at the end: drift")
+    p.add_argument("--at-once", type=int, default=1, help="servers started side by side (default %(default)s)")
     p.add_argument("--requests", type=int, default=5, help="answers a point (default %(default)s)")
     p.add_argument("--tokens", type=int, default=512, help="tokens an answer (default %(default)s)")
     p.add_argument("--prompt-tokens", type=int, default=64)
     p.add_argument("--profile", action="store_true", help="also trace each point and say where its cycle's time goes")
     p.add_argument("--port", type=int, default=30000)
     p.add_argument("--timeout", type=float, default=300.0, help="seconds one request may take")
+    p.add_argument("--wait", type=float, default=900.0, help="seconds a server may take to start")
     p.add_argument("--out", required=True, metavar="FOLDER")
     return p
 
@@ -208,23 +310,18 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     ours, flags = split_flags(argv)
     args = parser().parse_args(ours)
-    for name in ("requests", "tokens", "prompt_tokens"):
-        if getattr(args, name) < 2:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 2")
+    for name, least in (("requests", 2), ("tokens", 2), ("prompt_tokens", 2), ("at_once", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     shape = shapes.SHAPES[args.shape]
     rates = shapes.read_rates(args.rates)
-    todo = points(shape, args.steps, args.maps, rates)
+    todo = points(shape, args.steps, args.maps, rates, parse_variants(args.variant), args.repeat_baseline)
     version = serve.sglang_version()
     if not torch.cuda.is_available():
         raise InputError("no GPU here; the speed model measures SGLang on one")
     out = Path(args.out)
     shapes.write_folder(shape, out / "model")
-    try:
-        rows = measure_all(todo, shape, args, flags, out)
-    except (BackendError, serve.ServerError) as error:
-        sys.exit(
-            f"evaluation.speed_model: error: {error}\nmeasured points are kept in {out}; the same command continues"
-        )
+    rows, failed = measure_all(todo, shape, args, flags, out)
     facts = {"gpu": harness.gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
     assumed = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
     report = facts | {"assumed": assumed, "points": with_speedups(rows)}
@@ -235,44 +332,89 @@ def main(argv: list[str] | None = None) -> None:
     write_provenance(out, vars(args) | {"sglang_flags": flags}, [] if args.rates == "paper" else [args.rates])
     print(table)
     draw_charts(out)
+    if failed:
+        sys.exit(
+            f"evaluation.speed_model: error: not measured: {', '.join(failed)}\n{failed[next(iter(failed))]}\n"
+            f"measured points are kept in {out}; the same command tries the others again"
+        )
 
 
-def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Path) -> list[dict]:
-    """Rows of all points; those in OUT/points.jsonl, made with the same settings, are not measured again."""
+def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Path) -> tuple[list[dict], dict[str, str]]:
+    """Rows of all measured points, and the errors of those that failed, by name.
+
+    Points in OUT/points.jsonl, made with the same settings, are not measured again.
+    """
     settings = {"shape": args.shape, "tokens": args.tokens, "prompt_tokens": args.prompt_tokens, "flags": flags}
     store = out / "points.jsonl"
     done = {row["name"]: row for _, row in read_jsonl(store)} if store.exists() else {}
     foreign = [row["name"] for row in done.values() if row["settings"] != settings]
     if foreign:
         raise InputError(f"{store}: {foreign[0]} was measured with other settings; name another --out")
-    missing = [p for p in todo if p.name not in done or abs(done[p.name]["tau_asked"] - p.tau) > 1e-9]
+    missing = [p for p in todo if not _same(done.get(p.name), p)]
     bandwidth = copy_bandwidth() if missing else 0.0
-    for point in tqdm(missing, desc="points", disable=None):
-        line = command(point, out / "model", args.port, flags)
-        log = out / "logs" / f"{point.name}.log"
-        with serve.Server(line, args.port, log, env=point.environment()) as server:
-            turns = asyncio.run(
-                measure(server.url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout)
+    failed = {}
+    bar = tqdm(total=len(missing), desc="points", disable=None)
+    for first in range(0, len(missing), args.at_once):
+        group = missing[first : first + args.at_once]
+        lines = [command(point, out / "model", args.port + n, flags) for n, point in enumerate(group)]
+        servers = [
+            serve.Server(
+                line,
+                args.port + n,
+                out / "logs" / f"{point.name}.log",
+                args.wait,
+                point.environment() | (vocabulary(point, out / "model") if point.extended else {}),
+                stop_patience=2.0,
             )
-            row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
-            if args.profile:
-                found = asyncio.run(profile(server.url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
-                (out / f"profile-{point.name}.txt").write_text(trace.text(found), encoding="utf-8")
-        done[point.name] = row | {"settings": settings, "command": line, "environment": point.environment()}
-        with atomic(store) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
-        tqdm.write(
-            f"{point.name}: {row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms a cycle", file=sys.stderr
-        )
-    return [done[point.name] for point in todo]
+            for n, (line, point) in enumerate(zip(lines, group, strict=True))
+        ]
+        with serve.together(servers) as outcomes:
+            for point, line, server, outcome in zip(group, lines, servers, outcomes, strict=True):
+                bar.update()
+                try:
+                    if outcome is not None:
+                        raise outcome
+                    row = measure_point(server.url, point, shape, args, bandwidth, out)
+                except (BackendError, serve.ServerError) as error:
+                    failed[point.name] = str(error)
+                    tqdm.write(f"{point.name}: {error}", file=sys.stderr)
+                    continue
+                done[point.name] = row | {"settings": settings, "command": line, "environment": point.environment()}
+                with atomic(store) as temporary:
+                    temporary.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
+                said = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms a cycle"
+                tqdm.write(f"{point.name}: {said}", file=sys.stderr)
+    bar.close()
+    return [done[point.name] for point in todo if point.name in done], failed
+
+
+def _same(row: dict | None, point: Point) -> bool:
+    """Whether `row` is a measurement of just this point."""
+    known = row is not None and abs(row["tau_asked"] - point.tau) < 1e-9
+    return known and row["environment"] == point.environment() and row["variant_flags"] == list(point.variant.flags)
+
+
+def measure_point(url: str, point: Point, shape: dict, args, bandwidth: float, out: Path) -> dict:
+    """Ask one server, and trace it if wanted."""
+    turns = asyncio.run(measure(url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout))
+    row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
+    if args.profile:
+        found = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+        row["profile"] = found
+        text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms a cycle\n"
+        (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
+    return row
 
 
 def with_speedups(rows: list[dict]) -> list[dict]:
-    plain = next(row for row in rows if row["num_steps"] == 0)["tokens_per_s"]
-    dropped = ("settings", "command", "environment")
-    return [
-        {k: v for k, v in row.items() if k not in dropped} | {"speedup": row["tokens_per_s"] / plain} for row in rows
-    ]
+    """Each row against the plain decoding of its variant, or of that one's base; None where that could not be measured."""
+    plain = {row["variant"]: row["tokens_per_s"] for row in rows if row["num_steps"] == 0 and not row["repeat"]}
+    dropped = ("settings", "command", "environment", "profile")
+    found = []
+    for row in rows:
+        speedup = row["tokens_per_s"] / plain[row["base"]] if row["base"] in plain else None
+        found.append({k: v for k, v in row.items() if k not in dropped} | {"speedup": speedup})
+    return found
 
 
 def markdown(report: dict) -> str:
@@ -287,8 +429,9 @@ def markdown(report: dict) -> str:
     ]
     for row in report["points"]:
         speed = f"{row['tokens_per_s']:.1f}" + (f" ± {row['spread']:.1f}" if row["spread"] is not None else "")
+        gain = f"{row['speedup']:.2f}x" if row["speedup"] else "-"
         lines.append(
-            f"| {row['name']} | {row['tau']:.2f} | {speed} | {row['speedup']:.2f}x | {row['ms_per_cycle']:.3f} | "
+            f"| {row['name']} | {row['tau']:.2f} | {speed} | {gain} | {row['ms_per_cycle']:.3f} | "
             f"{row['bytes_per_cycle'] / 1e9:.2f} | {row['bound_share']:.0%} |"
         )
     if report["assumed"]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "fine-tune the head through `swift sft` on a recipe",
     "export": "head + base -> one folder that SGLang loads as it is",
     "acceptance": "accept length (tau) and per-position rates from one teacher-forced pass",
+    "ablation": "train every arm of configs/ablation.yaml from one start and print the table",
     "serve": "start an SGLang server with the head's drafts and wait until it answers",
     "decoding": "reference speculative decoder: plain against drafts on your prompts",
     "report": "markdown table, loss curves and acceptance curves of a run",

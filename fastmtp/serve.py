@@ -23,6 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmtp.cli import InputError, Parser, run
@@ -182,20 +183,13 @@ class Server:
         self.argv, self.port, self.log, self.wait = argv, port, Path(log), wait
         self.stop_patience = stop_patience
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        self.process: subprocess.Popen | None = None
         self.url = f"http://{HOST}:{port}"
 
     def __enter__(self) -> Server:
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, self.port)) == 0:
-                raise InputError(f"port {self.port} is taken; stop what listens there or choose another --port")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "wb") as out:
-            # A session of its own: Ctrl-C reaches us alone, and we end all of the server's processes in order.
-            self.process = subprocess.Popen(
-                self.argv, stdout=out, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
-            )
         try:
-            self._wait_until_ready()
+            self.start()
+            self.wait_until_ready()
         except BaseException:
             self.stop()
             raise
@@ -204,7 +198,22 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait_until_ready(self) -> None:
+    def start(self) -> None:
+        """Start and do not wait. Raises InputError where the port is taken."""
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, self.port)) == 0:
+                raise InputError(f"port {self.port} is taken; stop what listens there or choose another --port")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # A command that is asked to end unwinds as if by Ctrl-C, and so ends its servers.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with open(self.log, "wb") as out:
+            # A session of its own: Ctrl-C reaches us alone, and we end all of the server's processes in order.
+            self.process = subprocess.Popen(
+                self.argv, stdout=out, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers. Raises ServerError when it dies or does not answer within `wait` seconds."""
         started = time.monotonic()
         while True:
             if self.process.poll() is not None:
@@ -225,10 +234,15 @@ class Server:
     def stop(self) -> None:
         """End the whole group, politely and then not: a worker left over would hold the GPU's memory."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
+            self.send(sign)
+            if self.process is None or self._group_ends():
+                return
+
+    def send(self, sign: int) -> None:
+        """A signal to all of the server's processes that are still there."""
+        if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sign)
-            if self._group_ends():
-                return
 
     def _group_ends(self) -> bool:
         """Whether every process of the group is gone within `stop_patience` seconds."""
@@ -241,6 +255,31 @@ class Server:
                 return True
             time.sleep(0.05)
         return False
+
+
+@contextlib.contextmanager
+def together(servers: list[Server]) -> Iterator[list[ServerError | None]]:
+    """All servers started at once; what became of each: None (it answers) or its error. All end with the block.
+
+    Loading and compiling take minutes and run side by side; measuring must not, so ask one server after the other.
+    """
+    try:
+        for server in servers:
+            server.start()
+        yield [_outcome(server) for server in servers]
+    finally:
+        for server in servers:  # all at once: each takes seconds to end
+            server.send(signal.SIGTERM)
+        for server in servers:
+            server.stop()
+
+
+def _outcome(server: Server) -> ServerError | None:
+    try:
+        server.wait_until_ready()
+    except ServerError as error:
+        return error
+    return None
 
 
 def answers(url: str) -> bool:
@@ -303,7 +342,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(argv: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> None:
     """Run until Ctrl-C or the server's end. A server that dies ends us with exit code 1 and its last lines."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     print(f"starting; the log is {log}", flush=True)
     try:

@@ -19,22 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 256 * 2**20
+GPU_CHUNKS = 8  # a GPU's products want some thousand rows
 LK_DECAY = 3.0
 TINY = 1e-30
 TAIL = 1e-6  # 1 minus a sum is no more exact than this, and its inverse scales the gradient of every token in the tail
 
 
-def chunks(rows: int, vocabulary: int) -> list[slice]:
-    """Row slices whose float32 logits stay below CHUNK_BYTES (one row at least)."""
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of hidden's rows whose float32 logits stay below CHUNK_BYTES, GPU_CHUNKS times that on a GPU (one row at least)."""
+    size = max(1, CHUNK_BYTES * (GPU_CHUNKS if hidden.is_cuda else 1) // (4 * weight.shape[0]))
+    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
 
 @torch.no_grad()
 def greedy(hidden: Tensor, weight: Tensor) -> Tensor:
     """argmax of hidden @ weight.T, [N] int64. hidden: [N, H]; weight: [V, H]."""
     ids = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    for part in chunks(hidden.shape[0], weight.shape[0]):
+    for part in chunks(hidden, weight):
         ids[part] = F.linear(hidden[part].to(weight.dtype), weight).argmax(-1)
     return ids
 
@@ -48,7 +49,7 @@ def likeliest(hidden: Tensor, weight: Tensor, top_k: int, temperature: float) ->
     k = min(top_k, weight.shape[0])
     ids = torch.empty(hidden.shape[0], k, dtype=torch.int64, device=hidden.device)
     probs = torch.empty(hidden.shape[0], k, dtype=torch.float32, device=hidden.device)
-    for part in chunks(hidden.shape[0], weight.shape[0]):
+    for part in chunks(hidden, weight):
         logits = F.linear(hidden[part].to(weight.dtype), weight)
         values, ids[part] = logits.topk(k)
         normaliser = (logits.float() / temperature).logsumexp(-1, keepdim=True)
@@ -81,7 +82,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         drafts = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         grad = torch.empty_like(hidden) if hidden.requires_grad else None
-        for part in chunks(hidden.shape[0], weight.shape[0]):
+        for part in chunks(hidden, weight):
             logits = F.linear(hidden[part].to(weight.dtype), weight)
             drafts[part] = logits.argmax(-1)
             shares = logits.softmax(-1, dtype=torch.float32)

@@ -17,23 +17,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 VERSION = "0.5.17"
-# Two cycles: a graph of two kernels (8 us, the second overlapped by a copy), one kernel outside graphs, 5 us of nothing.
+# Two whole cycles of 30 us and the start of a third: a verification graph of two kernels (its second overlapped by a
+# copy), a kernel outside graphs, the extension's graph, the drafting graph; 4 us of nothing before the next cycle.
 TRACE = []
-for cycle in range(2):
-    t, c = 100.0 + 20 * cycle, 10 * cycle
+for cycle in range(3):
+    t, c = 100.0 + 30 * cycle, 10 * cycle
+    for number, launched in ((0, t - 9), (3, t + 8), (4, t + 12)):
+        args = {"correlation": c + number}
+        TRACE += [{"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": launched, "dur": 1, "args": args}]
+    for name, start, duration, number in (
+        ("gemm", 0, 6, 0),
+        ("norm", 6, 2, 0),
+        ("argmax", 11, 4, 2),
+        ("extend_gemm", 15, 5, 3),
+        ("draft_gemm", 20, 5, 4),
+        ("draft_norm", 25, 1, 4),
+        ("draft_argmax", 25, 1, 4),
+    ):
+        args = {"correlation": c + number}
+        TRACE += [{"ph": "X", "cat": "kernel", "name": name, "ts": t + start, "dur": duration, "args": args}]
+    args = {"correlation": c + 1}
     TRACE += [
-        {
-            "ph": "X",
-            "cat": "cuda_runtime",
-            "name": "cudaGraphLaunch",
-            "ts": t - 9,
-            "dur": 1,
-            "args": {"correlation": c},
-        },
-        {"ph": "X", "cat": "kernel", "name": "gemm", "ts": t, "dur": 6, "args": {"correlation": c}},
-        {"ph": "X", "cat": "kernel", "name": "norm", "ts": t + 6, "dur": 2, "args": {"correlation": c}},
-        {"ph": "X", "cat": "gpu_memcpy", "name": "copy", "ts": t + 7, "dur": 2, "args": {"correlation": c + 1}},
-        {"ph": "X", "cat": "kernel", "name": "argmax", "ts": t + 14, "dur": 6, "args": {"correlation": c + 2}},
+        {"ph": "X", "cat": "gpu_memcpy", "name": "copy", "ts": t + 7, "dur": 2, "args": args},
         {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": t, "dur": 50},
     ]
 

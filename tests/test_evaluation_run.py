@@ -147,6 +147,19 @@ def test_the_whole_table_over_servers(model, questions, started, tmp_path, capsy
     assert len(started) == 5 and started[4][started[4].index("--speculative-num-steps") + 1] == "1"
 
 
+def test_servers_at_once_get_ports_and_memory_of_their_own(model, questions, started, tmp_path):
+    more = ["--arms", "baseline,fastmtp:1,fastmtp:2", "--tasks", "nq_qa", "--at-once", "2", "--parallel", "4"]
+    out, port = tmp_path / "out", free_port()
+    run.main(arguments(model, questions, out, *more, "--port", str(port), "--dtype", "float32"))
+    assert [x["arm"] for x in read(out / "results.jsonl")] == ["baseline", "fastmtp:1", "fastmtp:2", REPEAT]
+    assert [line[line.index("--port") + 1] for line in started] == [str(port), str(port + 1)] * 2
+    for line in started:
+        assert line[line.index("--max-total-tokens") + 1] == str(4 * (30 + run.PROMPT_ROOM))
+        assert line.count("--attention-backend") == 1 and "--enable-deterministic-inference" in line
+    with pytest.raises(InputError, match="--at-once 0"):
+        run.main(arguments(model, questions, out, *more, "--at-once", "0"))
+
+
 def test_a_server_that_dies_at_start_shows_its_last_lines(model, questions, monkeypatch, tmp_path):
     def dying(*_, **__):
         return [sys.executable, "-c", "print('CUDA out of memory'); raise SystemExit(3)"]

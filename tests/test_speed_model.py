@@ -10,7 +10,7 @@ import torch
 from stand_in import TRACE, StandIn, free_port
 
 from evaluation import shapes, speed_model, trace
-from evaluation.speed_model import Point
+from evaluation.speed_model import Point, Variant
 from evaluation.turn import BackendError, Turn
 from fastmtp import serve
 from fastmtp.cli import InputError
@@ -71,10 +71,10 @@ def test_measured_rates_come_from_the_longest_arms_pooled_by_passes(tmp_path):
 
 
 def test_points():
-    found = speed_model.points(MIMO, "1,3", "full,32k", shapes.PAPER)
+    found = speed_model.points(MIMO, "1,3", "full,32k", shapes.PAPER, [Variant()])
     assert [p.name for p in found] == ["baseline", "k1-full", "k3-full", "k1-32k", "k3-32k"]
     assert found[4].head_rows == 32768 and found[4].tau == pytest.approx(2.66)
-    assert speed_model.points(MIMO, "1", "en_8k", shapes.PAPER)[1].head_rows == 8192
+    assert speed_model.points(MIMO, "1", "en_8k", shapes.PAPER, [Variant()])[1].head_rows == 8192
     assert found[0].environment() == {}
     assert found[4].environment() == {
         "SGLANG_SIMULATE_ACC_LEN": "2.6600",
@@ -87,7 +87,7 @@ def test_points():
         ("1", "999k", "larger than the vocab"),
     ):
         with pytest.raises(InputError, match=message):
-            speed_model.points(MIMO, steps, maps, shapes.PAPER)
+            speed_model.points(MIMO, steps, maps, shapes.PAPER, [Variant()])
 
 
 def test_the_command_line_of_a_point(tmp_path, monkeypatch):
@@ -128,6 +128,11 @@ def test_the_arithmetic_of_a_point():
     assert plain["ms_per_cycle"] == pytest.approx(3000 / 512) and plain["tau"] == 1.0 and plain["spread"] is None
     both = speed_model.with_speedups([plain | {"settings": {}, "copy_bandwidth": 4e12}, row | {"copy_bandwidth": 4e12}])
     assert both[1]["speedup"] == pytest.approx(2.0) and "settings" not in both[0]
+    other = row | {"variant": "fa3", "base": "fa3", "copy_bandwidth": 4e12}
+    lone = speed_model.with_speedups([plain | {"copy_bandwidth": 4e12}, other])[1]
+    assert lone["speedup"] is None, "another variant's plain decoding is no measure"
+    slow = plain | {"repeat": True, "tokens_per_s": 1.0, "copy_bandwidth": 4e12}
+    assert speed_model.with_speedups([both[0], slow])[0]["speedup"] == 1.0
     report = {"gpu": "G", "sglang": "0", "rates": "paper", "shape": "mimo-7b", "assumed": ["8k"], "points": both}
     assert "acceptance of 8k here" in speed_model.markdown(report)
     assert "| k3-32k | 2.67 | 341.3 ± 0.0 | 2.00x | 7.812 |" in speed_model.markdown(report)
@@ -142,57 +147,128 @@ def test_measuring_and_profiling_over_http(tmp_path):
     assert [len(t.output_ids) for t in turns] == [40, 40, 40]
     assert all(body["sampling_params"]["ignore_eos"] for body in server.bodies)
     assert len({tuple(body["input_ids"]) for body in server.bodies[:5]}) == 5, "no prompt is helped by the cache"
-    assert found["kernels"][0][0] in ("gemm", "argmax")
+    assert found["cycles"] == 2
+    asked = [b["sampling_params"]["max_new_tokens"] for b in server.bodies]
+    assert asked[5] == speed_model.PROFILED_TOKENS
 
 
-def test_a_trace_is_split_by_what_launched_the_kernels():
-    found = trace.summarise(TRACE, cycles=2)
-    # Two cycles of 20 us: busy 0-9 and 14-20, so 15 of each 20.
-    assert (found["span"], found["busy"], found["idle"]) == pytest.approx((0.020, 0.015, 0.005))
-    assert found["launches"] == [
-        ("graph of 2 kernels", 1.0, pytest.approx(0.008)),
-        ("outside graphs", 2.0, pytest.approx(0.008)),
-    ]
-    assert dict(found["kernels"])["gemm"] == pytest.approx(0.006)
-    assert "graph of 2 kernels" in trace.text(found)
-    with pytest.raises(ValueError, match="no GPU kernels"):
-        trace.summarise([], 2)
+def test_a_trace_is_split_into_the_stages_of_a_cycle():
+    found = trace.summarise(TRACE)
+    assert found["cycles"] == 2, "the third cycle is not whole"
+    assert (found["span"], found["busy"], found["idle"]) == pytest.approx((0.030, 0.024, 0.006))
+    assert {name: (count, pytest.approx(ms)) for name, count, ms in found["stages"]} == {
+        "verify": (2.0, 0.008),
+        "outside graphs, after verify": (2.0, 0.006),
+        "idle after verify": (0.0, 0.002),
+        "draft-extend": (1.0, 0.005),
+        "draft": (3.0, 0.007),
+        "idle after draft": (0.0, 0.004),
+    }
+    assert found["kernels"][0] == ("verify", "gemm", 1.0, pytest.approx(0.006))
+    text = trace.text(found)
+    assert "2 cycles traced; a cycle 0.030 ms" in text and "idle after draft" in text
+    for events, message in (([], "no CUDA graphs"), (trace_of(0), "less than one whole cycle")):
+        with pytest.raises(ValueError, match=message):
+            trace.summarise(events)
 
 
-def test_the_whole_command_with_stand_ins_resumes(tmp_path, monkeypatch, capsys):
+def trace_of(cycle):
+    begin = 90 + 30 * cycle
+    return [e for e in TRACE if begin <= e["ts"] < begin + 30]
+
+
+def test_plain_decoding_and_cycles_of_two_graphs_are_named_for_what_they_are():
+    plain = [e for e in TRACE if e.get("args", {}).get("correlation", 0) % 10 in (0, 1)]
+    assert {name for name, _, _ in trace.summarise(plain)["stages"]} == {
+        "decode", "outside graphs, after decode", "idle after decode"
+    }  # fmt: skip
+    two = [e for e in TRACE if e.get("args", {}).get("correlation", 0) % 10 in (0, 3)]
+    assert "draft or draft-extend" in {name for name, _, _ in trace.summarise(two)["stages"]}
+
+
+def test_variants():
+    first, second = speed_model.parse_variants(
+        [
+            "fa3=--attention-backend fa3 --speculative-draft-attention-backend triton",
+            "lt=A=1 B='x y' --cuda-graph-max-bs=2",
+        ]
+    )
+    assert first.flags[-1] == "triton" and first.plain_flags() == ["--attention-backend", "fa3"]
+    assert second.environment == {"A": "1", "B": "x y"} and second.flags == ("--cuda-graph-max-bs-decode=2",)
+    assert speed_model.parse_variants(["stock="]) == [Variant("stock")]
+    found = speed_model.points(MIMO, "3", "32k", shapes.PAPER, [first, second], repeat=True)
+    assert [p.name for p in found] == [
+        "fa3.baseline", "fa3.k3-32k", "fa3.baseline-repeat", "lt.baseline", "lt.k3-32k", "lt.baseline-repeat"
+    ]  # fmt: skip
+    assert found[3].environment() == {"A": "1", "B": "x y"}
+    assert found[4].environment()["SGLANG_SIMULATE_ACC_LEN"] == "2.6600" and found[4].environment()["A"] == "1"
+    for item, message in (
+        ("--attention-backend fa3", "expected NAME=FLAGS"),
+        ("x=fa3 --attention-backend", "only VARIABLE=VALUE"),
+    ):
+        with pytest.raises(InputError, match=message):
+            speed_model.parse_variants([item])
+    both = [*speed_model.parse_variants(["a=", "b:a=X=1"])]
+    assert [p.name for p in speed_model.points(MIMO, "3", "full", shapes.PAPER, both, True)] == [
+        "a.baseline", "a.k3-full", "a.baseline-repeat", "b.k3-full"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no variant b with plain decoding of its own"):
+        speed_model.parse_variants(["a=", "c:b="])
+    with pytest.raises(InputError, match="named twice"):
+        speed_model.parse_variants(["a=", "a="])
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """SGLang replaced by stand-ins; the names of the points that were started."""
     monkeypatch.setattr(serve, "sglang_version", lambda: "0.5.17")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(speed_model, "copy_bandwidth", lambda: 4e12)
-    started = []
+    names = []
 
     def stand_in(point, folder, port, flags):
-        started.append(point.name)
+        names.append(point.name)
+        if "--broken" in point.variant.flags and point.num_steps:
+            return [sys.executable, "-c", "print('no such kernel'); raise SystemExit(3)"]
         script = Path(__file__).parent / "stand_in.py"
         return [sys.executable, str(script), "--port", str(port), "--num-steps", str(point.num_steps)]
 
     monkeypatch.setattr(speed_model, "command", stand_in)
-    port = str(free_port())
-    given = [
-        "--shape",
-        "tiny",
-        "--maps",
-        "full",
-        "--tokens",
-        "40",
-        "--requests",
-        "2",
-        "--port",
-        port,
-        "--out",
-        str(tmp_path),
-    ]
-    speed_model.main([*given, "--steps", "1", "--profile"])
+    return names
+
+
+def arguments(out, *more):
+    fixed = ["--shape", "tiny", "--maps", "full", "--tokens", "40", "--requests", "2", "--port", str(free_port())]
+    return [*fixed, "--out", str(out), *more]
+
+
+def test_the_whole_command_with_stand_ins_resumes(tmp_path, started, capsys):
+    speed_model.main(arguments(tmp_path, "--steps", "1", "--profile"))
     assert started == ["baseline", "k1-full"] and (tmp_path / "profile-k1-full.txt").exists()
-    speed_model.main([*given, "--steps", "1,2"])
+    speed_model.main(arguments(tmp_path, "--steps", "1,2"))
     assert started == ["baseline", "k1-full", "k2-full"]
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [p["name"] for p in report["points"]] == ["baseline", "k1-full", "k2-full"]
     assert report["points"][0]["speedup"] == 1.0 and report["points"][2]["tau"] > report["points"][1]["tau"]
     assert (tmp_path / "speed.png").stat().st_size > 0 and "| k2-full |" in capsys.readouterr().out
     with pytest.raises(InputError, match="measured with other settings"):
-        speed_model.main([*given, "--steps", "1", "--tokens", "50"])
+        speed_model.main(arguments(tmp_path, "--steps", "1", "--tokens", "50"))
+
+
+def test_several_servers_at_once_and_one_that_dies(tmp_path, started, capsys):
+    more = ["--steps", "1,2", "--at-once", "4", "--repeat-baseline", "--variant", "a=", "--variant", "b=--broken"]
+    more += ["--variant", "c:a=V=1"]
+    with pytest.raises(SystemExit) as caught:
+        speed_model.main(arguments(tmp_path, *more))
+    assert "not measured: b.k1-full, b.k2-full" in caught.value.code and "no such kernel" in caught.value.code
+    report = json.loads((tmp_path / "speed.json").read_text())
+    measured = ["a.baseline", "a.k1-full", "a.k2-full", "a.baseline-repeat", "b.baseline", "b.baseline-repeat"]
+    measured += ["c.k1-full", "c.k2-full"]
+    assert [p["name"] for p in report["points"]] == measured
+    plain = report["points"][0]["tokens_per_s"]
+    assert report["points"][-1]["speedup"] == pytest.approx(report["points"][-1]["tokens_per_s"] / plain)
+    assert "| a.k2-full |" in capsys.readouterr().out
+    started.clear()
+    with pytest.raises(SystemExit):
+        speed_model.main(arguments(tmp_path, *more))
+    assert started == ["b.k1-full", "b.k2-full"], "what was measured stays"
