@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -131,8 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         for i, (name, steps) in enumerate((("dynamic", args.num_steps), ("full", args.num_steps), ("plain", 0)))
     }
     try:
-        with ExitStack() as stack, ThreadPoolExecutor() as pool:
-            list(pool.map(stack.enter_context, servers.values()))
+        with serve.together(list(servers.values())) as outcomes:
+            for failed in filter(None, outcomes):
+                raise failed
             urls = {name: server.url for name, server in servers.items()}
             found = asyncio.run(ask_everything(urls, prompts, args.tokens, langs))
             log = servers["dynamic"].log.read_text(encoding="utf-8", errors="replace")
