@@ -12,6 +12,7 @@ each variant against plain decoding under the same flags.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -37,7 +38,7 @@ from fastmtp.token_map import parse_size
 
 EXTENSION = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # a variant with it takes its maps through fastmtp.sglang_ext
 PROFILED_CYCLES = 40
-PROFILED_TOKENS = 1024  # of the traced answer: more than 0.3 s and the traced cycles take at any K
+PROFILED_TOKENS = 512  # of the traced answer: more than 0.3 s and the traced cycles take at any K
 
 
 @dataclass(frozen=True)
@@ -211,13 +212,12 @@ async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) ->
         await asyncio.sleep(0.3)  # past the prefill: only whole decoding cycles are wanted
         await server.post("/start_profile", request | {"with_stack": False, "record_shapes": False})
         await answer
-    end, size = time.monotonic() + 120, -1
+    end = time.monotonic() + 120
     while time.monotonic() < end:
-        new = sorted(set(folder.glob("*.trace.json.gz")) - before)
-        if new and new[0].stat().st_size == size:
-            return trace.summarise(trace.read_events(new[0]))
-        size = new[0].stat().st_size if new else -1
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
+        for path in set(folder.glob("*.trace.json.gz")) - before:
+            with contextlib.suppress(EOFError, json.JSONDecodeError):  # still being written
+                return trace.summarise(trace.read_events(path))
     raise BackendError(f"{folder}: no trace appeared within 120 s; see the server's log")
 
 
@@ -399,7 +399,11 @@ def measure_point(url: str, point: Point, shape: dict, args, bandwidth: float, o
     turns = asyncio.run(measure(url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout))
     row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
     if args.profile:
-        found = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+        try:
+            found = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+        except (BackendError, ValueError) as error:  # the measurement itself is good
+            tqdm.write(f"{point.name}: no profile: {error}", file=sys.stderr)
+            return row
         row["profile"] = found
         text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms a cycle\n"
         (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
