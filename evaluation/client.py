@@ -76,8 +76,12 @@ class Server:
         temperature: float = 0.0,
         seed: int = 0,
         ignore_eos: bool = False,
+        custom_params: dict | None = None,
     ) -> Turn:
-        """One request. Raises BackendError when the server fails, hangs past the time limit or answers nonsense."""
+        """One request; the engine gets `custom_params` as they are.
+
+        Raises BackendError when the server fails, hangs past the time limit or answers nonsense.
+        """
         sampling = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -86,6 +90,8 @@ class Server:
         }
         if temperature > 0:
             sampling["sampling_seed"] = seed
+        if custom_params:
+            sampling["custom_params"] = custom_params
         body = {"input_ids": prompt_ids, "sampling_params": sampling, "stream": True}
         started, clock = time.time(), time.perf_counter()
         first_s, first_tokens, last = None, 0, None

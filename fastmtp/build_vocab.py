@@ -71,9 +71,9 @@ def forced_ids(tokenizer, name: str) -> np.ndarray:
     return np.array(sorted(forced & set(vocab.values())), dtype=np.int64)
 
 
-def fingerprint(tokenizer) -> str:
-    """SHA-256 of the tokenizer's (id, token) pairs: what a map's ids mean."""
-    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+def fingerprint(tokenizer, first: int | None = None) -> str:
+    """SHA-256 of the tokenizer's (id, token) pairs, or of the `first` lowest ids': what a map's ids mean."""
+    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())[:first]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 

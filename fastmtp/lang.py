@@ -29,14 +29,20 @@ _RUNS = {lang: (re.compile(f"[{letters}]+"), weight) for lang, (letters, weight)
 LANGUAGES = tuple(_SCRIPTS)
 
 
+def letters(text: str) -> dict[str, float]:
+    """How much of `text` is said in each language, in about tokens: its letters by script over letters a token."""
+    return {lang: sum(map(len, runs.findall(text))) / weight for lang, (runs, weight) in _RUNS.items()}
+
+
+def most(said: dict[str, float]) -> str:
+    """The language with the largest part of `letters`; the first one, `en`, where there is no letter."""
+    # Japanese is written in both: where kana are a fair part, the Chinese characters belong to it.
+    if said["ja"] > 0.2 * said["zh"]:
+        said = said | {"ja": said["ja"] + said["zh"], "zh": 0.0}
+    return max(said, key=said.get)
+
+
 def detect(text: str) -> str:
     """The language that most of the first 4,000 characters are in, one of LANGUAGES; `en` where there is no letter."""
     text = text[:LOOK_AT]
-    if text.isascii():
-        return "en"
-    said = {lang: sum(map(len, runs.findall(text))) / weight for lang, (runs, weight) in _RUNS.items()}
-    # Japanese is written in both: where kana are a fair part, the Chinese characters belong to it.
-    if said["ja"] > 0.2 * said["zh"]:
-        said["ja"] += said["zh"]
-        said["zh"] = 0.0
-    return max(said, key=said.get)
+    return "en" if text.isascii() else most(letters(text))

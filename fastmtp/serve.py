@@ -1,6 +1,7 @@
 """Starts SGLang with the head as its draft model, waits until it answers, and stops it on Ctrl-C.
 
     python -m fastmtp.serve --model models/smollm2-fastmtp --num-steps 3 --token-map vocab/smollm2/en_32k.pt
+    python -m fastmtp.serve --model models/mimo-7b-fastmtp --token-maps en=vocab/qwen2/en_32k.pt,zh=vocab/qwen2/zh_32k.pt
 
 The command line is built for the SGLang that is installed (0.5.17 or later), printed, and run as a process of its
 own. Flags after `--` go to SGLang as they are and override what is chosen here.
@@ -31,6 +32,7 @@ from fastmtp.files import existing
 OLDEST = (0, 5, 17)
 HOST = "127.0.0.1"
 LOG_LINES = 25
+VOCAB_READY = "draft vocabulary: ready"  # what fastmtp.sglang_ext logs once it is in use
 
 
 class ServerError(Exception):
@@ -117,6 +119,29 @@ def command(
         # A path that does not exist would be taken for a Hub repository.
         parts += ["--speculative-token-map", str(existing(token_map, "token map").resolve())]
     return [sys.executable, "-m", "sglang.launch_server", *without(parts, flags), *flags]
+
+
+def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> dict[str, str]:
+    """Write the draft vocabulary's file to `path`; the environment in which SGLang uses it (fastmtp.sglang_ext).
+
+    Raises InputError for maps that do not fit the model, each other or the policy.
+    """
+    from fastmtp import draft_vocab
+    from fastmtp.build_vocab import load_tokenizer
+
+    config = check_model(model, 1)
+    draft_vocab.read(token_maps, policy, load_tokenizer(model), config["vocab_size"]).save(path)
+    return extension(path)
+
+
+def extension(path: Path) -> dict[str, str]:
+    """The environment in which SGLang loads our draft model with the vocabulary in `path`."""
+    search = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "fastmtp.sglang_ext",
+        "FASTMTP_DRAFT_VOCAB": str(path.resolve()),
+        "PYTHONPATH": os.pathsep.join(search),
+    }
 
 
 RENAMED = {"--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}  # the old name is gone after 0.5.17
@@ -277,6 +302,12 @@ def parser() -> Parser:
     p.add_argument("--model", required=True, metavar="FOLDER", help="folder written by fastmtp.export")
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
     p.add_argument("--token-map", metavar="PATH", help="draft vocabulary, from fastmtp.build_vocab")
+    p.add_argument(
+        "--token-maps", metavar="EN=PATH,ZH=PATH", help="a map for each language; the draft follows the requests' languages"
+    )
+    p.add_argument(
+        "--vocab-policy", metavar="auto|fixed:NAME|union", help="which of --token-maps is used when (default auto)"
+    )
     p.add_argument("--no-spec", action="store_true", help="plain decoding, the baseline")
     p.add_argument("--tp", type=int, default=1, help="GPUs to split the model over (default %(default)s)")
     p.add_argument("--port", type=int, default=30000, help="default %(default)s")
@@ -292,21 +323,32 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--num-steps {args.num_steps}: must be at least 1; for plain decoding give --no-spec")
     if args.tp < 1:
         raise InputError(f"--tp {args.tp}: must be at least 1")
+    if args.token_maps and (args.token_map or args.no_spec):
+        raise InputError(f"--token-maps with {'--token-map' if args.token_map else '--no-spec'}: give one of them")
+    if args.vocab_policy and not args.token_maps:
+        raise InputError("--vocab-policy: there are no --token-maps to choose from; give them or leave it out")
     line = command(args.model, 0 if args.no_spec else args.num_steps, args.token_map, args.tp, args.port, flags)
-    if args.dry_run:
-        print(shlex.join(line))
-        return
-    print(f"SGLang {sglang_version()}: {shlex.join(line)}", flush=True)
     log = Path(tempfile.gettempdir()) / f"fastmtp-serve-{args.port}.log"
-    serve(line, args.port, log)
+    env = {}
+    if args.token_maps:
+        env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, log.with_suffix(".vocab.pt"))
+    shown = shlex.join([*(f"{name}={value}" for name, value in env.items()), *line])
+    if args.dry_run:
+        print(shown)
+        return
+    print(f"SGLang {sglang_version()}: {shown}", flush=True)
+    serve(line, args.port, log, env)
 
 
-def serve(argv: list[str], port: int, log: Path) -> None:
+def serve(argv: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> None:
     """Run until Ctrl-C or the server's end. A server that dies ends us with exit code 1 and its last lines."""
     started = time.monotonic()
     print(f"starting; the log is {log}", flush=True)
     try:
-        with Server(argv, port, log) as server:
+        with Server(argv, port, log, env=env) as server:
+            if env and VOCAB_READY not in log.read_text(encoding="utf-8", errors="replace"):
+                # SGLang passes over a model package that it cannot import, and drafts from the whole vocabulary.
+                raise ServerError(f"SGLang does not use fastmtp.sglang_ext; {log} says why")
             print(f"{server.url} answers after {time.monotonic() - started:.0f} s; Ctrl-C stops it", flush=True)
             code = server.process.wait()
             raise ServerError(f"the server ended with exit code {code}{server.tail()}")

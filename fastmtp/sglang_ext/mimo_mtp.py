@@ -1,0 +1,168 @@
+"""MiMoMTP whose draft vocabulary follows the language of the running requests; overrides SGLang's class by its name.
+
+SGLang 0.5.17 to 0.5.23. The draft worker's three phases get the batch with its requests before they run; there, on the
+stream that runs the model, the active map is chosen and copied. Verification is untouched, so texts do not change.
+`FASTMTP_DRAFT_VOCAB` names the file that fastmtp.serve wrote; `FASTMTP_CHECK_DRAFTS=1` stops the server at a draft
+outside the map it was drafted with (slow: for tests).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections import Counter
+
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.models.mimo_mtp import MiMoMTP as StockMiMoMTP
+from sglang.srt.runtime_context import get_parallel
+
+from fastmtp.draft_vocab import DraftVocab
+from fastmtp.sglang_ext.active_head import ActiveHead
+
+VOCAB, CHECK = "FASTMTP_DRAFT_VOCAB", "FASTMTP_CHECK_DRAFTS"
+FIELD = "draft_lang"  # in a request's custom_params
+REPORT_S = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class ActiveLogits(LogitsProcessor):
+    """SGLang's logits processor on the active rows. head: None until the target's head is shared."""
+
+    head: ActiveHead | None = None
+
+    def _compute_lm_head(self, hidden_states, lm_head, embedding_bias=None, **buffer):
+        if self.head is None:
+            return super()._compute_lm_head(hidden_states, lm_head, embedding_bias, **buffer)
+        return self.head.logits(hidden_states)
+
+
+class MiMoMTP(StockMiMoMTP):
+    """The registry's key is the class name: this one replaces the stock one."""
+
+    def __init__(self, config, quant_config=None, prefix=""):
+        super().__init__(config, quant_config, prefix)
+        self.logits_processor = ActiveLogits(config)
+
+    def set_embed_and_head(self, embed, head):
+        """SGLang calls this once, before it captures its graphs: share the target's tensors, make the buffers."""
+        super().set_embed_and_head(embed, head)
+        if get_parallel().attn_dp_size != 1:
+            raise ValueError("--token-maps: not with DP attention, whose ranks run different requests on one head")
+        self.vocab = DraftVocab.load(os.environ[VOCAB])
+        active = ActiveHead(head, self.vocab.maps, self.lm_head.shard_indices.org_vocab_start_index)
+        self.logits_processor.head = active
+        self.record = Record(get_parallel().tp_rank == 0)
+        active.activate(self.vocab.first())
+        sizes = ", ".join(f"{name} {len(ids)}" for name, ids in self.vocab.maps.items())
+        # Printed, for fastmtp.serve looks for this line, whatever the log level is.
+        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}; active {active.active}")
+        wrap_worker()
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        if self.logits_processor.head is not None:  # new weights in a running server
+            self.logits_processor.head.refresh()
+
+    def follow(self, reqs) -> str:
+        """Activate the map for these requests; its name."""
+        names = set()
+        for req in reqs:
+            follower = getattr(req, "fastmtp_follower", None)
+            if follower is None:
+                params = req.sampling_params.custom_params
+                asked = params.get(FIELD) if isinstance(params, dict) else None
+                follower = req.fastmtp_follower = self.vocab.follow(req.origin_input_ids, asked)
+            names.add(follower.look(req.output_ids))
+        name = self.vocab.together(names)
+        if self.logits_processor.head.activate(name):
+            self.record.switched(name)
+        return name
+
+
+class Record:
+    """Switches and tokens drafted per map: lines in the server's log, and counters with --enable-metrics."""
+
+    def __init__(self, shown: bool):
+        self.shown, self.switches, self.drafted = shown, 0, Counter()
+        self.last, self.metrics = time.monotonic(), None
+        if shown and "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # SGLang sets it with --enable-metrics
+            import prometheus_client
+
+            switches = prometheus_client.Counter("fastmtp:vocab_switches", "Changes of the draft's token map", ["map"])
+            drafted = prometheus_client.Counter("fastmtp:drafted_tokens", "Tokens drafted with a token map", ["map"])
+            self.metrics = switches, drafted
+
+    def ready(self, text: str) -> None:
+        if self.shown:
+            print(f"draft vocabulary: ready, {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self.shown:
+            logger.info("draft vocabulary: %s", text)
+
+    def switched(self, name: str) -> None:
+        self.switches += 1
+        if self.metrics:
+            self.metrics[0].labels(map=name).inc()
+
+    def drew(self, name: str, tokens: int) -> None:
+        """Count drafts; every ten seconds with drafts, a line."""
+        self.drafted[name] += tokens
+        if self.metrics:
+            self.metrics[1].labels(map=name).inc(tokens)
+        if time.monotonic() - self.last >= REPORT_S:
+            self.last = time.monotonic()
+            counts = ", ".join(f"{name} {count}" for name, count in self.drafted.items())
+            self.say(f"active {name}; {self.switches} switches; tokens drafted: {counts}")
+
+
+def wrap_worker() -> None:
+    """Let the draft worker choose the map before each of its phases; once a process."""
+    from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+
+    if hasattr(EagleDraftWorker, "fastmtp_wrapped"):
+        return
+    EagleDraftWorker.fastmtp_wrapped = True
+    checking = os.environ.get(CHECK) == "1"
+
+    def wrap(phase: str):
+        inner = getattr(EagleDraftWorker, phase)
+
+        @functools.wraps(inner)
+        def run(worker, batch, *args, **kwargs):
+            model, reqs = worker.draft_runner.model, batch.reqs
+            if not reqs:  # an idle rank
+                return inner(worker, batch, *args, **kwargs)
+            name = model.follow(reqs)
+            result = inner(worker, batch, *args, **kwargs)
+            if phase == "draft":
+                model.record.drew(name, len(reqs) * worker.speculative_num_steps)
+            if checking:
+                check(model.vocab, reqs, name, result.draft_token if phase == "draft" else None)
+            return result
+
+        setattr(EagleDraftWorker, phase, run)
+
+    for phase in ("draft", "_draft_extend_for_prefill", "_draft_extend_for_decode"):
+        wrap(phase)
+
+
+def check(vocab: DraftVocab, reqs, name: str, drafts) -> None:
+    """AssertionError for a draft outside its map. drafts: [B * (K + 1)], each row the newest token and K drafts.
+
+    A row's first draft came from the phase before, whose map is remembered with the request.
+    """
+    if drafts is None:
+        for req in reqs:
+            req.fastmtp_first = name
+        return
+    for req, row in zip(reqs, drafts.view(len(reqs), -1).tolist(), strict=True):
+        used = [req.fastmtp_first] + [name] * (len(row) - 2)
+        for map_name, token in zip(used, row[1:], strict=True):
+            assert bool((vocab.maps[map_name] == token).any()), f"draft {token} is outside the map '{map_name}'"
+
+
+EntryClass = MiMoMTP
