@@ -10,6 +10,7 @@ import asyncio
 import email.utils
 import json
 import random
+import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -64,9 +65,11 @@ class Servers:
         self.models: dict[str, str] = {}
 
     async def __aenter__(self) -> Servers:
-        self.session = aiohttp.ClientSession(
-            timeout=self.timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20
-        )
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a socket a request
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
+        # Servers close idle connections after 5 s (uvicorn's default); the older one of us must not be the client.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
+        self.session = aiohttp.ClientSession(timeout=self.timeout, connector=connector, read_bufsize=1 << 20)
         try:
             for url in self.urls:
                 self.models[url] = await self._model(url)
