@@ -10,9 +10,7 @@ answers are kept by what was asked, so prompts that were answered before are not
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -164,8 +162,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, flags = parser().parse_args(argv[:cut]), argv[cut + 1 :]
     check(args, flags)
     questions = Questions(args)
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines end with us
     try:
         with Journal(args.out, questions.keys) as journal:
             answer_all(args, questions, journal, flags)

@@ -97,8 +97,10 @@ class Servers:
     async def ask(self, prompt_ids: list[int], messages: list[dict], sampling: Sampling) -> Answer:
         """One answer. Raises Refused when there is none after ATTEMPTS tries, or the server will not have the request."""
         await asyncio.sleep(PULSE - time.monotonic() % PULSE if PULSE else 0)
+        url = None
         for attempt in range(ATTEMPTS):
-            url = min(self.urls, key=lambda u: (self.rest[u] > time.monotonic(), self.busy[u]))
+            failed, now = url, time.monotonic()
+            url = min(self.urls, key=lambda u: (u == failed, self.rest[u] > now, self.busy[u]))  # noqa: B023
             self.busy[url] += 1
             try:
                 if url.endswith("/v1"):

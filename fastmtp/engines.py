@@ -10,13 +10,12 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from fastmtp.cli import InputError
-from fastmtp.serve import HOST, Server, command, sglang_version, without
+from fastmtp.serve import HOST, Server, command, sglang_version, together, without
 
 GRAPHS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
 # Unfinished answers are sent on every so many tokens, though nobody streams; never is best.
@@ -69,12 +68,9 @@ def engines(model: str, count: int, requests: int, dtype: str, flags: list[str],
         port = free_port()
         line = command(model, num_steps=0, port=port, flags=[*without(ours, flags), "--base-gpu-id", str(n % gpus), *flags])
         servers.append(Server(line, port, logs / f"engine-{n}.log", env=ENVIRONMENT))
-    # The stack inside the pool: when one fails, the others are stopped, which ends their threads' waiting.
-    with ThreadPoolExecutor(count) as pool, contextlib.ExitStack() as running:
-        for server in servers:
-            running.callback(_stop, server)
-        for start in [pool.submit(server.__enter__) for server in servers]:
-            start.result()
+    with together(servers) as outcomes:
+        for error in filter(None, outcomes):
+            raise error
         yield [server.url for server in servers]
 
 
@@ -83,7 +79,3 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
 
-
-def _stop(server: Server) -> None:
-    with contextlib.suppress(AttributeError):  # never started
-        server.stop()
