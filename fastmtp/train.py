@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -106,7 +107,10 @@ def train(recipe: dict) -> None:
         resolved = Path(folder) / "recipe.yaml"  # ms-swift copies it to output_dir
         resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         start = "from swift.cli.main import cli_main; cli_main()"
-        code = subprocess.run([sys.executable, "-c", start, "sft", str(resolved)], check=False).returncode
+        here = str(Path(__file__).resolve().parents[1])  # the plugin's imports, where the package is not installed
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        command = [sys.executable, "-c", start, "sft", str(resolved)]
+        code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         print(f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above", file=sys.stderr)
         raise SystemExit(1)
