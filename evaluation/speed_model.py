@@ -12,6 +12,8 @@ each variant against plain decoding under the same flags.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import json
 import random
 import re
@@ -19,6 +21,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,7 +40,7 @@ from fastmtp.token_map import parse_size
 
 EXTENSION = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # a variant with it takes its maps through fastmtp.sglang_ext
 PROFILED_CYCLES = 40
-PROFILED_TOKENS = 1024  # of the traced answer: more than 0.3 s and the traced cycles take at any K
+PROFILED_TOKENS = 512  # of the traced answer: more than 0.3 s and the traced cycles take at any K
 
 
 @dataclass(frozen=True)
@@ -211,13 +214,12 @@ async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) ->
         await asyncio.sleep(0.3)  # past the prefill: only whole decoding cycles are wanted
         await server.post("/start_profile", request | {"with_stack": False, "record_shapes": False})
         await answer
-    end, size = time.monotonic() + 120, -1
+    end = time.monotonic() + 120
     while time.monotonic() < end:
-        new = sorted(set(folder.glob("*.trace.json.gz")) - before)
-        if new and new[0].stat().st_size == size:
-            return trace.summarise(trace.read_events(new[0]))
-        size = new[0].stat().st_size if new else -1
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
+        for path in set(folder.glob("*.trace.json.gz")) - before:
+            with contextlib.suppress(EOFError, gzip.BadGzipFile, json.JSONDecodeError):  # still being written
+                return trace.summarise(trace.read_events(path))
     raise BackendError(f"{folder}: no trace appeared within 120 s; see the server's log")
 
 
@@ -321,17 +323,22 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no GPU here; the speed model measures SGLang on one")
     out = Path(args.out)
     shapes.write_folder(shape, out / "model")
-    rows, failed = measure_all(todo, shape, args, flags, out)
     facts = {"gpu": harness.gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
-    assumed = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
-    report = facts | {"assumed": assumed, "points": with_speedups(rows)}
-    write_json(out / "speed.json", report)
-    table = markdown(report)
-    with atomic(out / "speed.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
+    facts["assumed"] = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
+    failed, table = {}, ""
+    for rows, errors in measure_all(todo, shape, args, flags, out):
+        failed |= errors
+        if not rows:
+            continue
+        report = facts | {"points": with_speedups(rows)}
+        write_json(out / "speed.json", report)
+        table = markdown(report)
+        with atomic(out / "speed.md") as temporary:
+            temporary.write_text(table, encoding="utf-8")
     write_provenance(out, vars(args) | {"sglang_flags": flags}, [] if args.rates == "paper" else [args.rates])
-    print(table)
-    draw_charts(out)
+    if table:
+        print(table)
+        draw_charts(out)
     if failed:
         sys.exit(
             f"evaluation.speed_model: error: not measured: {', '.join(failed)}\n{failed[next(iter(failed))]}\n"
@@ -339,8 +346,10 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Path) -> tuple[list[dict], dict[str, str]]:
-    """Rows of all measured points, and the errors of those that failed, by name.
+def measure_all(
+    todo: list[Point], shape: dict, args, flags: list[str], out: Path
+) -> Iterator[tuple[list[dict], dict[str, str]]]:
+    """After each group of servers: the rows of all measured points, and the group's errors by name.
 
     Points in OUT/points.jsonl, made with the same settings, are not measured again.
     """
@@ -352,10 +361,11 @@ def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Pat
         raise InputError(f"{store}: {foreign[0]} was measured with other settings; name another --out")
     missing = [p for p in todo if not _same(done.get(p.name), p)]
     bandwidth = copy_bandwidth() if missing else 0.0
-    failed = {}
+    if not missing:
+        yield [done[point.name] for point in todo], {}
     bar = tqdm(total=len(missing), desc="points", disable=None)
     for first in range(0, len(missing), args.at_once):
-        group = missing[first : first + args.at_once]
+        group, failed = missing[first : first + args.at_once], {}
         lines = [command(point, out / "model", args.port + n, flags) for n, point in enumerate(group)]
         servers = [
             serve.Server(
@@ -384,8 +394,8 @@ def measure_all(todo: list[Point], shape: dict, args, flags: list[str], out: Pat
                     temporary.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
                 said = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms a cycle"
                 tqdm.write(f"{point.name}: {said}", file=sys.stderr)
+        yield [done[point.name] for point in todo if point.name in done], failed
     bar.close()
-    return [done[point.name] for point in todo if point.name in done], failed
 
 
 def _same(row: dict | None, point: Point) -> bool:
@@ -399,7 +409,11 @@ def measure_point(url: str, point: Point, shape: dict, args, bandwidth: float, o
     turns = asyncio.run(measure(url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout))
     row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
     if args.profile:
-        found = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+        try:
+            found = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+        except (BackendError, ValueError) as error:  # the measurement itself is good
+            tqdm.write(f"{point.name}: no profile: {error}", file=sys.stderr)
+            return row
         row["profile"] = found
         text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms a cycle\n"
         (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")

@@ -13,8 +13,23 @@ IGNORE = -100
 
 
 def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of `messages` followed by the template's generation prompt."""
-    return _ids(tokenizer, _render(tokenizer, messages, prompt=True))
+    """Token ids of `messages` followed by the template's generation prompt.
+
+    Earlier answers keep their exact `token_ids`, as in `encode_chat`, unless the template rewrites earlier turns.
+    """
+    rendered = _render(tokenizer, messages, prompt=True)
+    ids, done = [], ""
+    for turn, message in enumerate(messages):
+        if message.get("token_ids") is not None:
+            prompt = _render(tokenizer, messages[:turn], prompt=True)
+            if not prompt.startswith(done):
+                return _ids(tokenizer, rendered)
+            answer = answer_ids(tokenizer, message)
+            ids += _ids(tokenizer, prompt[len(done) :]) + answer
+            done = prompt + tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not rendered.startswith(done):
+        return _ids(tokenizer, rendered)
+    return ids + _ids(tokenizer, rendered[len(done) :])
 
 
 def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:

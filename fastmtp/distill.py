@@ -1,196 +1,184 @@
 """The frozen model answers every prompt itself: the training set of FastMTP (arXiv 2509.18362, self-distillation).
 
-In-process batched generation. Token ids are kept exactly; a killed run continues with the same command.
+In this process, on servers that run already (SGLang or OpenAI-compatible), or on SGLang engines started for the run.
+Token ids are kept exactly, every answer of a chat is redone in order, and a killed run continues with the same command:
+answers are kept by what was asked, so prompts that were answered before are not asked again.
 
     python -m fastmtp.distill --model models/smollm2 --prompts examples/prompts.jsonl --split train --out distilled.jsonl
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import functools
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import AutoTokenizer
 
 from fastmtp import files
-from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.decoding import Model, load, read_prompts
+from fastmtp.journal import Journal
+from fastmtp.mixture import DataConfig, Sampling, load_samplings, load_yaml
+from fastmtp.prompts import Chat, chats, file_rows, limited, listed_rows
+from fastmtp.serve import ServerError
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn; the defaults are the paper's. temperature 0 is greedy."""
-
-    max_new_tokens: int = 4096
-    temperature: float = 0.6
-    top_k: int = 20
-    top_p: float = 0.95
-
-
-def turns(messages: list[dict]) -> list[list[dict]]:
-    """The messages to hand over before each answer; answers that the prompt file holds are left out, to be redone."""
-    parts: list[list[dict]] = [[]]
-    for message in messages:
-        if message["role"] == "assistant":
-            parts.append([])
-        else:
-            parts[-1].append(message)
-    return [part for part in parts if part]
-
-
-def batches(model: Model, prompts: list[dict], size: int) -> list[list[dict]]:
-    """Prompt rows in groups of `size` of like length, so that little is padded; the groups in random order, so that
-    the estimate of the time left is fair and a run cut short is a fair sample."""
-    lengths = {row["id"]: len(prompt_ids(model.tokenizer, turns(row["messages"])[0])) for row in prompts}
-    ordered = sorted(prompts, key=lambda row: lengths[row["id"]])
-    groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    random.Random(0).shuffle(groups)
-    return groups
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next token of each row. logits: [B, V] -> [B] int64. Sorts the top k alone, not the vocabulary."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    values, ids = logits.float().topk(min(sampling.top_k, logits.shape[-1]))
-    shares = (values / sampling.temperature).softmax(-1)
-    before = shares.cumsum(-1) - shares  # mass in front of each token: the first one is always kept
-    shares = shares.masked_fill(before >= sampling.top_p, 0.0)
-    return ids.gather(1, torch.multinomial(shares, 1, generator=generator)).squeeze(1)
-
-
-@torch.inference_mode()
-def answer(model: Model, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
-    """Generate for a batch of prompts (token ids); answers end with an end token, or were cut at the limit.
-
-    Rows that have ended leave the batch once they are a quarter of it, so that a few long answers stay cheap.
-    """
-    net, device = model.net, model.net.lm_head.weight.device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    padded = not bool(mask.all())
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=net.config)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    rows, alive = list(range(len(prompts))), [True] * len(prompts)
-    while True:
-        states = net.model(
-            input_ids=ids, attention_mask=mask if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        ids = choose(net.lm_head(states[:, -1]), sampling, generator)[:, None]
-        for i, token in enumerate(ids[:, 0].tolist()):
-            if alive[i]:
-                outputs[rows[i]].append(token)
-                alive[i] = token not in model.eos_ids and len(outputs[rows[i]]) < sampling.max_new_tokens
-        if not any(alive):
-            return outputs
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if sum(alive) <= 0.75 * len(rows):
-            keep = [i for i, going in enumerate(alive) if going]
-            index = torch.tensor(keep, device=device)
-            cache.batch_select_indices(index)
-            ids, mask, positions = ids[index], mask[index], positions[index]
-            rows, alive = [rows[i] for i in keep], [True] * len(keep)
-
-
-def answer_batch(model: Model, rows: list[dict], sampling: Sampling, seed: int) -> list[dict]:
-    """Answer every turn of every row, in order; one output line a row (the contract in the README).
-
-    Raises InputError for a prompt that leaves no room for the longest answer in the model's context.
-    """
-    room = model.net.config.max_position_embeddings - sampling.max_new_tokens
-    parts = [turns(row["messages"]) for row in rows]
-    chats: list[list[dict]] = [[] for _ in rows]
-    samples: list[dict] = [{} for _ in rows]
-    for turn in range(max(map(len, parts))):
-        where = [i for i, part in enumerate(parts) if turn < len(part)]
-        for i in where:
-            chats[i] += parts[i][turn]
-        asked = [prompt_ids(model.tokenizer, chats[i]) for i in where]
-        for i, ids in zip(where, asked, strict=True):
-            if len(ids) > room:
-                raise InputError(
-                    f"prompt '{rows[i]['id']}' has {len(ids)} tokens, the model's context leaves {room}; "
-                    "shorten it or lower --max-new-tokens"
-                )
-        for i, ids, output in zip(where, asked, answer(model, asked, sampling, seed + turn), strict=True):
-            text = model.tokenizer.decode(output, skip_special_tokens=True)
-            chats[i].append({"role": "assistant", "content": text, "token_ids": output})
-            samples[i] = {
-                "id": rows[i]["id"],
-                "source": rows[i].get("source", ""),
-                "lang": rows[i].get("lang", ""),
-                "messages": chats[i],
-                "prompt_ids": ids,
-                "output_ids": output,
-                "finish": "stop" if output[-1] in model.eos_ids else "length",
-            }
-    return samples
-
-
-def distill(model: Model, prompts: list[dict], args, config: dict) -> None:
-    """Answer all prompts into `args.out`; rows that an earlier run with the same `config` left there are kept."""
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    total = 0
-    with (
-        files.growing(args.out, config) as (done, write),
-        tqdm(total=len(prompts), initial=len(done), desc="distill", unit="prompt") as bar,
-    ):
-        for number, batch in enumerate(batches(model, prompts, args.batch_size)):
-            if all(row["id"] in done for row in batch):
-                continue
-            for sample in answer_batch(model, batch, sampling, args.seed + 1000 * number):
-                if sample["id"] not in done:
-                    write(sample)
-                    bar.update()
-                    total += sum(len(m.get("token_ids", ())) for m in sample["messages"])
-            bar.set_postfix_str(f"{total / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
+load_tokenizer = functools.cache(AutoTokenizer.from_pretrained)
 
 
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.distill",
-        "Let the model answer every prompt; write its answers with exact token ids.",
+        "Let the model answer every prompt; write its answers with exact token ids. Flags after -- go to SGLang.",
         "python -m fastmtp.distill --model models/smollm2 --prompts examples/prompts.jsonl --split train \\\n"
-        "    --max-new-tokens 128 --out data/distilled.jsonl",
+        "    --max-new-tokens 128 --out data/distilled.jsonl\n"
+        "python -m fastmtp.distill --model models/smollm2 --data configs/data/local.yaml --engines 2 --in-flight 2048 \\\n"
+        "    --out data/distilled.jsonl",
     )
-    p.add_argument("--model", required=True, help="model folder")
-    p.add_argument("--prompts", required=True, help="jsonl with `messages` or `prompt`, and optionally id, source, lang")
-    p.add_argument("--split", help="use only rows whose `split` is this")
+    p.add_argument("--model", required=True, help="model folder; with --server, the one that the server serves")
+    asked = p.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompts", nargs="+", help="jsonl with `messages` or `prompt`, and optionally id, source, lang")
+    asked.add_argument("--data", help="data set list: sources, local or on the Hub, and their sampling (configs/data/*.yaml)")
+    p.add_argument("--split", help="of --prompts, use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
-    p.add_argument("--out", required=True, help="distilled samples, jsonl")
+    p.add_argument("--out", required=True, help="distilled samples, jsonl; what got no answer goes to failed.jsonl beside it")
+    way = p.add_mutually_exclusive_group()
+    way.add_argument("--server", nargs="+", metavar="URL", help="ask these: SGLang, or http://.../v1 for OpenAI-compatible")
+    way.add_argument("--engines", type=int, metavar="N", help="start N SGLang engines on the visible GPUs and ask them")
+    p.add_argument("--in-flight", type=int, default=1024, help="chats asked of servers at a time (default %(default)s)")
+    p.add_argument("--timeout", type=float, default=1800.0, help="seconds for one answer of a server (default %(default)g)")
+    p.add_argument("--batch-size", type=int, default=32, help="without servers: prompts generated together (default 32)")
     default = Sampling()
-    p.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="longest answer (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy (default %(default)s)")
-    p.add_argument("--top-k", type=int, default=default.top_k, help="keep the k likeliest tokens (default %(default)s)")
-    p.add_argument("--top-p", type=float, default=default.top_p, help="of those, keep this mass (default %(default)s)")
-    p.add_argument("--batch-size", type=int, default=32, help="prompts generated together (default 32)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for flag, kind, text in (
+        ("max_new_tokens", int, "longest answer"),
+        ("temperature", float, "0 is greedy"),
+        ("top_k", int, "keep the k likeliest tokens"),
+        ("top_p", float, "of those, keep this mass"),
+    ):
+        name = f"--{flag.replace('_', '-')}"
+        p.add_argument(name, type=kind, help=f"{text} (default {getattr(default, flag)})")
+    p.add_argument("--sampling", metavar="YAML", help="source -> these four, for sources that want their own")
+    p.add_argument("--seed", type=int, default=0, help="another one asks anew; servers draw by their own (default 0)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="without --server")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="without servers")
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    for flag in ("max_new_tokens", "batch_size", "top_k"):
-        if getattr(args, flag) < 1:
+class Questions:
+    """What the arguments ask: `chats()` streams it, `keys` are its digests; making one checks every row."""
+
+    def __init__(self, args):
+        given = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+        given = {name: value for name, value in given.items() if value is not None}
+        data = load_yaml(args.data, DataConfig) if args.data else None
+        self.default = data.sampling.changed(given) if data else Sampling(**given)
+        self.default.check("--")
+        self.sampling: dict[str, Sampling] = {}
+        if data:
+            data.check(args.data)
+            self.sampling = {s.name: s.sampling.changed(given) for s in data.sources if s.sampling}
+        if args.sampling:
+            self.sampling |= load_samplings(args.sampling, self.default)
+        rows = listed_rows(data, args.data, args.seed) if data else file_rows(args.prompts, args.split)
+        self.rows = limited(rows, args.limit)
+        # What a server computes in is its own affair; here float32 and bfloat16 are two ways to answer.
+        self.tag = f"{files.state(files.existing(args.model, 'model folder'))} {args.dtype} {args.seed}"
+        self.keys = {chat.key for chat in self.chats()}
+
+    def chats(self) -> Iterator[Chat]:
+        return chats(self.rows, self.default, self.sampling, self.tag)
+
+
+def end_ids(folder: str, tokenizer) -> set[int]:
+    """The ids that end an answer, from a model folder and its tokenizer."""
+    ends = {tokenizer.eos_token_id}
+    for name in ("config.json", "generation_config.json"):
+        if (Path(folder) / name).exists():
+            found = files.read_json(Path(folder) / name).get("eos_token_id")
+            ends |= set(found if isinstance(found, list) else [found])
+    return ends - {None}
+
+
+async def ask_servers(urls: list[str], args, questions: Questions, journal: Journal, bar: tqdm) -> None:
+    """Answer the questions on running servers."""
+    from fastmtp.converse import converse_all
+    from fastmtp.distill_server import Servers
+
+    tokenizer = load_tokenizer(args.model)
+    context = files.read_json(Path(args.model) / "config.json")["max_position_embeddings"]
+    async with Servers(urls, tokenizer, end_ids(args.model, tokenizer), args.timeout) as servers:
+        await converse_all(questions.chats(), servers, context, args.in_flight, journal, bar)
+
+
+def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -> None:
+    """Answer what `journal` lacks, the way that the arguments say."""
+    if journal.done >= questions.keys:
+        return
+    bar = tqdm(total=len(questions.keys), initial=len(journal.done), desc="distill", unit="prompt", smoothing=0.05)
+    with bar:
+        if args.server:
+            asyncio.run(ask_servers(args.server, args, questions, journal, bar))
+        elif args.engines:
+            from fastmtp.engines import engines
+
+            logs = Path(tempfile.mkdtemp(prefix="fastmtp-engines-"))
+            tqdm.write(f"starting {args.engines} engines; their logs are in {logs}", file=sys.stderr)
+            with engines(args.model, args.engines, args.in_flight, args.dtype, flags, logs) as urls:
+                bar.unpause()
+                asyncio.run(ask_servers(urls, args, questions, journal, bar))
+        else:
+            from fastmtp.decoding import load
+            from fastmtp.generate import generate
+
+            model = load(args.model, args.dtype, args.device)
+            bar.unpause()
+            generate(model, questions.chats(), journal, args.batch_size, args.seed, bar)
+
+
+def check(args, flags: list[str]) -> None:
+    for flag in ("limit", "engines", "in_flight", "batch_size"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
-    if args.temperature < 0:
-        raise InputError(f"--temperature must be 0 or more, not {args.temperature}")
-    prompts = read_prompts(args.prompts, args.split, args.limit)
-    config = files.settings(args)
-    distill(load(args.model, args.dtype, args.device), prompts, args, config)
-    files.write_provenance(args.out, config, [args.prompts])
-    print(f"distilled {args.out}")
+    if args.timeout <= 0:
+        raise InputError(f"--timeout must be above 0, not {args.timeout:g}")
+    if flags and not args.engines:
+        raise InputError("flags after -- are for SGLang engines; give --engines, or leave them out")
+    if args.data and args.split:
+        raise InputError("--split is for --prompts; a data set list names each source's own split")
+    if args.server or args.engines:
+        try:
+            import aiohttp  # noqa: F401
+        except ImportError:
+            raise InputError("--server and --engines need aiohttp; pip install -e '.[serve]'") from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    check(args, flags)
+    questions = Questions(args)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines end with us
+    try:
+        with Journal(args.out, questions.keys) as journal:
+            answer_all(args, questions, journal, flags)
+    except ServerError as error:
+        sys.exit(f"fastmtp.distill: error: {error}; what was answered is kept, the same command continues")
+    inputs = [*(args.prompts or []), *filter(None, [args.data, args.sampling])]
+    files.write_provenance(args.out, {**vars(args), "sglang_flags": flags}, inputs)
+    print(f"distilled {args.out}: {len(journal.done)} answered, {journal.tokens:,} output tokens in this run")
+    if journal.failed:
+        sys.exit(
+            f"fastmtp.distill: {journal.failed} prompts got no answer, the first: {journal.first_reason}; "
+            f"{journal.failures} lists them, and the same command tries them again"
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ HEAD_TENSORS = frozenset(
         *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")),
     )
 )
-CODE_FILES = ("modeling_mimo.py", "recursion.py", "losses.py", "teacher.py")
+CODE_FILES = ("modeling_mimo.py", "recursion.py", "varlen.py", "losses.py", "row_loss.py", "teacher.py")
 INDEX = "model.safetensors.index.json"
 SKIP = {"config.json", INDEX, "run.json", *CODE_FILES}
 

@@ -1,7 +1,7 @@
 """What the head is trained for: targets and weights of each step, and cross-entropy that never holds [tokens, vocabulary].
 
 FastMTP (arXiv 2509.18362): L = sum_k alpha_k * CE_k with alpha_k proportional to beta^(k-1), labels from the text. Each
-part of that can be chosen (`Objective`). Imports torch alone (and `recursion.shift`, `teacher`).
+part of that can be chosen (`Objective`). Imports torch alone (and `recursion`, `row_loss`, `teacher`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .recursion import shift
+from .row_loss import kernel_usable, loss_and_residual
 from .teacher import greedy, likeliest, soft_cross_entropy
 
 IGNORE = -100
 CHUNK_BYTES = 256 * 2**20
+FUSED_CHUNK_BYTES = 2**30  # a GPU's products want some thousand rows
 LABELS = ("data", "argmax", "kl", "lk")
 MEANS = ("token", "sequence")
 SEQUENCE_TOKENS = 256
@@ -96,19 +98,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        fused = kernel_usable(weight)
+        size = FUSED_CHUNK_BYTES // weight.element_size() if fused else CHUNK_BYTES // 4
+        rows = max(1, size // weight.shape[0])
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part].to(weight.dtype), weight).float()
-            wanted = targets[part, None]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (normaliser - logits.gather(1, wanted)).squeeze(1)
+            logits = F.linear(hidden[part].to(weight.dtype), weight)
+            if fused:
+                loss_and_residual(logits, targets[part], losses[part])
+            else:
+                logits, wanted = logits.float(), targets[part, None]
+                normaliser = logits.logsumexp(-1, keepdim=True)
+                losses[part] = (normaliser - logits.gather(1, wanted)).squeeze(1)
+                logits = logits.sub_(normaliser).exp_()
+                logits.scatter_add_(1, wanted, torch.full_like(normaliser, -1.0))
             if grad is not None:
-                residual = logits.sub_(normaliser).exp_()
-                residual.scatter_add_(1, wanted, torch.full_like(normaliser, -1.0))
-                grad[part] = (residual.to(weight.dtype) @ weight).to(grad.dtype)
+                grad[part] = (logits.to(weight.dtype) @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
         return losses
 

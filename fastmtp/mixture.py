@@ -23,14 +23,30 @@ from fastmtp.files import existing
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
-    """How the model answers; the defaults are the paper's."""
+    """How an answer is drawn; the defaults are the paper's. temperature 0 is greedy."""
 
+    max_new_tokens: int = 4096
     temperature: float = 0.6
     top_k: int = 20
     top_p: float = 0.95
-    max_tokens: int = 4096
+
+    def changed(self, given: dict[str, float]) -> Sampling:
+        """With the given values (from the command line) in place of its own."""
+        return dataclasses.replace(self, **given)
+
+    def check(self, where: str) -> None:
+        """Raise InputError for a value that no sampler takes. `where`: what to put before its name, "--" for an option."""
+        for name, good, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 1, "at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not good:
+                shown = name.replace("_", "-") if where == "--" else name
+                raise InputError(f"{where}{shown} must be {rule}, not {getattr(self, name)}")
 
 
 @dataclass
@@ -91,6 +107,20 @@ def load_yaml(path: str | Path, kind: type[T]) -> T:
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)}); mend this line") from None
     return _build(kind, {} if value is None else value, str(path), "")
+
+
+def load_samplings(path: str | Path, default: Sampling) -> dict[str, Sampling]:
+    """A YAML of `source: {temperature: ...}` blocks; what a block leaves out is the default's. Raises InputError."""
+    given = load_yaml(path, dict[str, dict[str, float]])
+    names = [item.name for item in dataclasses.fields(Sampling)]
+    found = {}
+    for source, values in given.items():
+        for name in values:
+            if name not in names:
+                raise InputError(f"{path}: unknown key '{source}.{name}'; known: {', '.join(names)}")
+        found[source] = default.changed({n: type(getattr(default, n))(v) for n, v in values.items()})
+        found[source].check(f"{path}: {source}.")
+    return found
 
 
 def _build(kind: Any, value: Any, where: str, key: str) -> Any:

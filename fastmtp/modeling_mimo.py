@@ -4,18 +4,20 @@ Weight names are those of the released MiMo-7B checkpoints (`model.mtp_layers.0.
 the FastMTP loss of the head over K recursive steps; the backbone's own next-token logits are then never computed.
 Without labels it is an ordinary causal language model (generation, verification).
 
-This file, `recursion.py`, `losses.py` and `teacher.py` are also saved beside an exported checkpoint (`trust_remote_code=True`).
+This file and the five that it imports (export.CODE_FILES) are also saved beside an exported checkpoint (`trust_remote_code=True`).
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
     Qwen2MLP,
@@ -26,6 +28,9 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from .losses import Objective, mtp_loss
 from .recursion import layout, recurse
+from .varlen import Documents, documents, flash_usable, packed_attention
+
+VARLEN = "fastmtp_varlen"  # transformers' name for the attention below
 
 
 class MiMoConfig(Qwen2Config):
@@ -53,6 +58,26 @@ class MiMoConfig(Qwen2Config):
 
 # the keys of a recipe's `model_kwargs`, and their kinds
 SETTINGS = {field.name: type(field.default) for field in fields(MiMoConfig) if field.name.startswith("mtp_")}
+
+
+def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, **_):
+    """transformers' attention interface over packed documents: [B, Hq, T, D] -> [B, T, Hq, D], no weights."""
+    context = packed_attention(query, key, value, [], Documents(cu_seq_lens_q, max_length_q))
+    return context.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
+
+
+@contextmanager
+def attention_of(config: Qwen2Config, name: str) -> Iterator[None]:
+    """The layers built on `config` use the attention `name` for a while."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @dataclass
@@ -124,6 +149,16 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
     def head(self) -> MiMoMTPLayer:
         return self.model.mtp_layers[0]
 
+    def compile_layers(self) -> None:
+        """torch.compile each backbone layer and the head's three parts, for any number of tokens.
+
+        Attention over documents is left to its kernel. Costs most of a minute, once a machine; pays at 7B.
+        """
+        for layer in self.model.layers:
+            layer.compile(dynamic=True)
+        for name in ("fuse", "qkv", "finish"):
+            setattr(self.head, name, torch.compile(getattr(self.head, name), dynamic=True))
+
     def load_head(self, tensors: dict[str, Tensor]) -> None:
         """Replace the head by `tensors` (full checkpoint names), cast to its dtype. KeyError/RuntimeError if they differ."""
         prefix = "model.mtp_layers.0."
@@ -147,12 +182,25 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         gradients unless something in it is trained.
         """
         frozen = not any(p.requires_grad for n, p in self.model.named_parameters() if not n.startswith("mtp_layers."))
-        with torch.no_grad() if frozen else nullcontext():
-            hidden = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
-            embeds = self.model.embed_tokens(input_ids)
         positions, segments = layout(input_ids.shape, input_ids.device, attention_mask, position_ids)
+        with torch.no_grad() if frozen else nullcontext():
+            embeds = self.model.embed_tokens(input_ids)
+            where = None
+            if flash_usable(embeds) and not self.model.has_sliding_layers:
+                where = documents(segments)
+                with attention_of(self.config, VARLEN):
+                    hidden = self.model(
+                        inputs_embeds=embeds,
+                        attention_mask={"full_attention": None},
+                        position_ids=positions,
+                        use_cache=False,
+                        cu_seq_lens_q=where.starts,
+                        max_length_q=where.longest,
+                    ).last_hidden_state
+            else:
+                hidden = self.model(
+                    inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                ).last_hidden_state
         states = recurse(
             self.head,
             self.rope,
@@ -162,6 +210,7 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
             segments,
             num_steps if num_steps is not None else self.config.mtp_num_steps,
             attention or self.config.mtp_attention,
+            where,
         )
         return hidden, states, segments
 

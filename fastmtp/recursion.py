@@ -12,7 +12,8 @@ What the step-k query of anchor p may see is the one choice, `attention`:
     exact   the step-1 keys of positions <= p and its own chain of steps 2..k. This is what an engine computes while
             it drafts: committed keys come from true hidden states, only the tokens in flight are recursive
 
-Both agree at step 1. Imports torch alone.
+Both agree at step 1. On a GPU in half precision no T x T matrix exists (varlen.py); elsewhere attention is written
+out here, which is what the kernels are tested against. Imports torch alone (and `varlen`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .varlen import Documents, packed_attention
 
 ATTENTIONS = ("paper", "exact")
 
@@ -110,18 +113,20 @@ def recurse(
     segments: Tensor,
     num_steps: int,
     attention: str,
+    where: Documents | None = None,
 ) -> list[Tensor]:
     """Run K steps for every anchor at once; returns [g^1, ..., g^K], each [B, T, H] (after the final norm).
 
     hidden: [B, T, H] backbone output after its final norm; embeds: [B, T, H] token embeddings of x;
-    rope: positions [B, T] -> (cos, sin), each [B, T, D]; positions, segments: see `layout`.
+    rope: positions [B, T] -> (cos, sin), each [B, T, D]; positions, segments: see `layout`; where: the documents in
+    `segments`, if the flash kernels shall be used (varlen.flash_usable).
     g^k_p is meaningful only where p..p+k lie in one document. Raises ValueError on an unknown mode or K < 1.
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {ATTENTIONS}, not {attention!r}")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-    mask = visible(segments)
+    mask = visible(segments) if where is None else None
     outputs: list[Tensor] = []
     first: tuple[Tensor, Tensor] | None = None
     chain: list[tuple[Tensor, Tensor]] = []
@@ -132,11 +137,15 @@ def recurse(
         fused = head.fuse(state, shift(embeds, step) * (at != 0)[..., None].to(embeds.dtype))
         q, k, v = head.qkv(fused, *rope(at))
         if step == 1 or attention == "paper":
-            context = causal_attention(q, k, v, mask)
-            first = first or (k, v)
+            first, chain = (k, v), []
         else:
             chain.append((k, v))
+        if where is not None:
+            context = packed_attention(q, *first, chain, where)
+        elif chain:
             context = chain_attention(q, *first, chain, mask)
+        else:
+            context = causal_attention(q, *first, mask)
         state = head.finish(fused, context)
         outputs.append(state)
     return outputs

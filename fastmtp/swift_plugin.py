@@ -47,6 +47,11 @@ class MiMoLoader(ModelLoader):
                 setattr(config, name, kind(os.environ[name.upper()]))
         return config
 
+    def _update_attn_impl(self, config) -> None:
+        """Recipes that pack say `attn_impl: flash_attn`, or ms-swift refuses; the model has its own attention over documents."""
+        self.attn_impl = "sdpa"
+        super()._update_attn_impl(config)
+
     def get_model(self, model_dir: str, config, processor, model_kwargs):
         self.auto_model_cls = MiMoForCausalLM
         model = super().get_model(model_dir, config, processor, model_kwargs)

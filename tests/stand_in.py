@@ -13,6 +13,7 @@ import json
 import socket
 import threading
 import time
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def free_port() -> int:
 
 
 class StandIn(ThreadingHTTPServer):
-    """`fault(n, path)` may return "500", "hang", "malformed", "cut", "abort", "slow" or "drop" for the nth /generate."""
+    """`fault(n, path)` may return "400", "429", "500", "hang", "malformed", "cut", "abort", "slow" or "drop" for the nth /generate."""
 
     daemon_threads = True
 
@@ -79,6 +80,7 @@ class StandIn(ThreadingHTTPServer):
         self.fault = fault or (lambda number, path: None)
         self.bodies: list[dict] = []
         self.flushed = 0
+        self.gives_ids = True  # token ids in OpenAI's chat, where asked for
         self.lock = threading.Lock()
 
     @property
@@ -110,6 +112,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, b"")
         elif self.path == "/model_info":
             self._json({"model_path": s.model, "tokenizer_path": s.model, "is_generation": True})
+        elif self.path == "/v1/models":
+            self._json({"object": "list", "data": [{"id": s.model, "object": "model"}]})
         elif self.path == "/server_info":
             spec = {"speculative_algorithm": None, "speculative_num_steps": None, "speculative_token_map": None}
             if s.num_steps:
@@ -145,8 +149,8 @@ class Handler(BaseHTTPRequestHandler):
             s.bodies.append(body)
             number = len(s.bodies)
         fault = s.fault(number, self.path)
-        if fault == "500":
-            return self._send(500, b"Internal Server Error")
+        if fault in ("400", "429", "500"):
+            return self._send(int(fault), HTTPStatus(int(fault)).phrase.encode(), {"Retry-After": "0.05"} if fault == "429" else {})
         if fault == "slow":
             time.sleep(0.2)
         if fault == "hang":
@@ -187,6 +191,8 @@ class Handler(BaseHTTPRequestHandler):
             last["meta_info"] = {"finish_reason": reason}
         if fault == "abort":
             last["meta_info"]["finish_reason"] = {"type": "abort", "message": "out of memory", "status_code": 500}
+        if not body.get("stream"):
+            return self._send(200, b"{cut" if fault == "cut" else json.dumps(last).encode())
         chunks = [b"data: " + json.dumps(first).encode() + b"\n\n"]
         if fault != "cut":
             chunks.append(b"data: " + json.dumps(last).encode() + b"\n\n")
@@ -203,7 +209,14 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _chat(self, body: dict) -> None:
-        """OpenAI's streamed chat, as SGLang speaks it: role, content, finish, usage, [DONE]."""
+        """OpenAI's chat, as SGLang speaks it; streamed: role, content, finish, usage, [DONE]."""
+        with self.server.lock:
+            self.server.bodies.append(body)
+        if not body.get("stream"):
+            choice = {"index": 0, "message": {"role": "assistant", "content": "red green"}, "finish_reason": "stop"}
+            if body.get("return_token_ids") and self.server.gives_ids:
+                choice |= {"token_ids": [7, 8], "prompt_token_ids": [1, 2, 3]}
+            return self._json({"object": "chat.completion", "model": body["model"], "choices": [choice]})
         shared = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
         deltas = [{"role": "assistant", "content": ""}, {"content": "red "}, {"content": "green"}]
         chunks = [
@@ -224,8 +237,10 @@ class Handler(BaseHTTPRequestHandler):
     def _json(self, value: dict) -> None:
         self._send(200, json.dumps(value).encode())
 
-    def _send(self, status: int, body: bytes) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
