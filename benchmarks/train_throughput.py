@@ -29,13 +29,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.shapes import SHAPES as SERVED
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.losses import IGNORE, step_targets, step_weights
 from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.recursion import layout, recurse
 
+MIMO_7B = dict(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151680,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-5,
+    rope_theta=640000.0,
+    tie_word_embeddings=False,
+)
 SMOLLM2 = dict(
     hidden_size=576,
     intermediate_size=1536,
@@ -49,7 +61,7 @@ SMOLLM2 = dict(
     rope_theta=100000.0,
     tie_word_embeddings=True,
 )
-SHAPES = {"mimo-7b": SERVED["mimo-7b"] | {"tie_word_embeddings": False}, "smollm2": SMOLLM2}
+SHAPES = {"mimo-7b": MIMO_7B, "smollm2": SMOLLM2}
 IMPLEMENTATIONS = ("ours", "paper-style")
 ACCUMULATED = 8  # documents a step of the optimiser, in the paper's recipe
 

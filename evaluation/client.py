@@ -31,6 +31,7 @@ KEPT = (
     "speculative_eagle_topk",
     "speculative_num_draft_tokens",
     "speculative_token_map",
+    "speculative_draft_attention_backend",
 )
 
 

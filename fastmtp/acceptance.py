@@ -22,6 +22,8 @@ from fastmtp import files
 from fastmtp.chat import IGNORE, encode_chat
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.decoding import Model, load, position_rates
+from fastmtp.draft_vocab import AUTO, UNION, DraftVocab, names_by_anchor, parse_maps
+from fastmtp.draft_vocab import read as read_vocab
 from fastmtp.export import read_head
 from fastmtp.teacher import greedy
 from fastmtp.token_map import load_token_map
@@ -149,13 +151,14 @@ def measure_at(
     at: Sequence[int],
     token_maps: dict[str, Tensor | None] | None = None,
     batch_tokens: int | None = None,
+    vocab: DraftVocab | None = None,
 ) -> dict[int, Results]:
     """{K: {(source, lang, map name): Acceptance}} for every K of `at`, from one pass with the largest.
 
     samples: distilled ones (`prompt_ids`, `output_ids`); the map "full" is none. A batch holds at most `batch_tokens`
-    places (default by device), padding included.
+    places (default by device), padding included. `vocab` adds each of its maps, and "auto", which follows the language.
     """
-    maps = {FULL: None} | (token_maps or {})
+    maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
     batch_tokens = batch_tokens or (32768 if model.net.lm_head.weight.is_cuda else 8192)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["prompt_ids"]) + len(samples[i]["output_ids"]))
     hits: dict[int, dict[str, Tensor]] = {}
@@ -169,6 +172,10 @@ def measure_at(
             bar.update(len(batch))
     results: dict[int, Results] = {steps: defaultdict(Acceptance) for steps in at}
     for i, sample in enumerate(samples):
+        if vocab:
+            names = names_by_anchor(vocab, sample["prompt_ids"], sample["output_ids"])
+            rows = [hits[i][name][anchor] for anchor, name in enumerate(names)]
+            hits[i][AUTO] = torch.stack(rows) if rows else hits[i][FULL]
         for name, found in hits[i].items():
             for steps in at:
                 key = (sample.get("source", ""), sample.get("lang", ""), name)
@@ -277,6 +284,9 @@ def parser() -> Parser:
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle, K (default 3)")
     p.add_argument("--at", help="tau for these smaller K too, from the same pass, such as 1,3,5")
     p.add_argument("--token-map", action="append", default=[], help="also with this map (.pt); may be repeated")
+    p.add_argument(
+        "--token-maps", metavar="EN=PATH,ZH=PATH", help="also with each of these, their mix, their union, and following the language"
+    )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="also write the figures as JSON")
@@ -293,17 +303,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     heads = {name: read_head(name) for name in args.head or [args.model]}
     model = load(args.model, args.dtype, args.device)
     maps = {Path(path).stem: load_token_map(path, model.net.vocab_size) for path in args.token_map}
+    vocab = None
+    if args.token_maps:
+        vocab = read_vocab(args.token_maps, AUTO, model.tokenizer, model.net.vocab_size)
+        maps[UNION] = torch.cat(list(vocab.maps.values())).unique()
     samples = read_samples(args.data, model.net.vocab_size, args.limit, model.tokenizer)
     rows, tables = {steps: [] for steps in at}, []
     for name, head in heads.items():
         model.net.load_head(head)
-        for steps, results in measure_at(model, samples, at, maps).items():
+        for steps, results in measure_at(model, samples, at, maps, vocab=vocab).items():
             rows[steps] += as_json(results, name)
             tables.append(f"head: {name}, K={steps}\n\n{table(results)}\n")
     if args.out:
         largest = rows.pop(args.num_steps)
         files.write_json(args.out, {"num_steps": args.num_steps, "rows": largest, "at": rows})
-        files.write_provenance(args.out, vars(args), [args.data, *args.token_map])
+        given = [*args.token_map, *(parse_maps(args.token_maps).values() if args.token_maps else [])]
+        files.write_provenance(args.out, vars(args), [args.data, *given])
     print("\n".join(tables))
 
 

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from fastmtp import files
 from fastmtp.chat import prompt_ids as chat_prompt_ids
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.draft_vocab import AUTO, DraftVocab, parse_maps, read
 from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.token_map import load_token_map
 
@@ -81,8 +82,16 @@ class Drafter:
         self.net, self.head = net, head
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
-        self.token_map = None if token_map is None else token_map.to(weight.device)
-        self.weight = weight if token_map is None else weight[self.token_map]
+        self.given: Tensor | None = None
+        self.token_map, self.weight = None, weight
+        self.use(token_map)
+
+    def use(self, token_map: Tensor | None) -> None:
+        """Draft from this map's ids [K] from now on; None: from all."""
+        if token_map is not self.given:
+            self.given = token_map
+            self.token_map = token_map.to(self.weight.device)
+            self.weight = self.net.lm_head.weight[self.token_map]
 
     def step(self, hidden: Tensor, tokens: Tensor, start: int) -> Tensor:
         """Run positions start..start+n-1 and keep their keys. hidden [1, n, H], tokens [1, n] -> last g [1, 1, H]."""
@@ -143,12 +152,13 @@ def generate(
     num_steps: int,
     temperature: float = 0.0,
     seed: int = 0,
-    token_map: Tensor | None = None,
+    token_map: Tensor | DraftVocab | None = None,
     eos_ids: set[int] | None = None,
 ) -> Generation:
     """Decode one prompt with `num_steps` drafts a cycle; 0 is plain decoding, through the same code.
 
-    Stops after a token of `eos_ids` (default: the model's) or at `max_new_tokens`.
+    Stops after a token of `eos_ids` (default: the model's) or at `max_new_tokens`. A DraftVocab as `token_map` chooses the
+    map anew before each cycle.
     """
     net, device = model.net, model.net.lm_head.weight.device
     ends = model.eos_ids if eos_ids is None else eos_ids
@@ -156,7 +166,8 @@ def generate(
     tokens = list(prompt_ids)
     goal = len(tokens) + max_new_tokens
     cache = DynamicCache(config=net.config)
-    drafter = Drafter(net, goal + num_steps + 1, token_map) if num_steps else None
+    follower = token_map.follow(prompt_ids) if isinstance(token_map, DraftVocab) else None
+    drafter = Drafter(net, goal + num_steps + 1, None if follower else token_map) if num_steps else None
     histogram = [0] * (num_steps + 1)
 
     def forward(ids: list[int], start: int, keep: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +183,8 @@ def generate(
 
     def draft(state: Tensor, position: int) -> tuple[list[int], Tensor | None]:
         """K tokens from g at `position`; with a temperature also their distributions [K, V]."""
+        if follower:
+            drafter.use(token_map.maps[follower.look(tokens[len(prompt_ids) :])])
         picked: list[Tensor] = []
         dists = []
         for step in range(num_steps):
@@ -181,7 +194,7 @@ def generate(
             if temperature:
                 small = distribution(logits)
                 row = torch.multinomial(small, 1, generator=generator)[0]
-                full = small if token_map is None else small.new_zeros(net.vocab_size).scatter_(0, drafter.token_map, small)
+                full = small if drafter.token_map is None else small.new_zeros(net.vocab_size).scatter_(0, drafter.token_map, small)
                 dists.append(full)
             else:
                 row = logits.argmax()
@@ -246,7 +259,7 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def compare(
-    model: Model, prompts: list[dict], max_new_tokens: int, num_steps: int, token_map: Tensor | None, out: Path, config: dict
+    model: Model, prompts: list[dict], max_new_tokens: int, num_steps: int, token_map: Tensor | DraftVocab | None, out: Path, config: dict
 ) -> list[dict]:
     """Decode every prompt greedily, plain and with drafts (order alternating); one row a prompt, resumable."""
     with files.growing(out, config) as (done, write):
@@ -317,6 +330,8 @@ def parser() -> Parser:
     p.add_argument("--limit", type=int, help="use only the first N prompts")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle, K (default 3)")
     p.add_argument("--token-map", help="draft only tokens of this map (.pt)")
+    p.add_argument("--token-maps", metavar="EN=PATH,ZH=PATH", help="a map for each language; the draft follows the text's")
+    p.add_argument("--vocab-policy", default=AUTO, metavar="auto|fixed:NAME|union", help="of --token-maps (default auto)")
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="identity needs float32")
     p.add_argument("--device", default="cpu")
@@ -332,10 +347,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(args.prompts, args.split, args.limit)
     model = load(args.model, args.dtype, args.device)
     token_map = load_token_map(args.token_map, model.net.vocab_size) if args.token_map else None
+    maps = [args.token_map] if args.token_map else []
+    if args.token_maps:
+        if maps:
+            raise InputError("--token-map and --token-maps: give one of them")
+        token_map = read(args.token_maps, args.vocab_policy, model.tokenizer, model.net.vocab_size)
+        maps = list(parse_maps(args.token_maps).values())
     out = Path(args.out)
     config = files.settings(args)
     rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, config)
-    files.write_provenance(out, config, [args.prompts, *([args.token_map] if args.token_map else [])])
+    files.write_provenance(out, config, [args.prompts, *maps])
     figures = summarise(rows)
     rates = " ".join(f"{rate:.3f}" for rate in figures["position_rates"])
     print(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmtp import files
 from fastmtp.cli import InputError
-from fastmtp.script_table import ScriptTable, build
+from fastmtp.script_table import WINDOW, ScriptTable, build
 from fastmtp.token_map import load_token_map
 
 LOOK_EVERY = 16  # answer tokens between two looks: a changed language costs at most so many poor drafts
@@ -79,21 +79,24 @@ class Follower:
     """One request's map: `name` now, `look(output_ids)` as the answer grows."""
 
     def __init__(self, vocab: DraftVocab, prompt_ids: Sequence[int], asked: object):
-        self.vocab = vocab
-        self.next_look = LOOK_EVERY
+        self.vocab, self.looked = vocab, 0
+        self.fixed = vocab.policy != AUTO or asked is not None
         if vocab.policy != AUTO:
-            self.name, self.next_look = vocab.first(), float("inf")
+            self.name = vocab.first()
         elif asked is not None:
-            self.name, self.next_look = vocab.named(asked), float("inf")
+            self.name = vocab.named(asked)
         else:
             lang = vocab.scripts.prompt_language(prompt_ids)
             self.name = MIXED if lang is None else vocab.named(lang)
 
     def look(self, output_ids: Sequence[int]) -> str:
-        """The map to draft with after `output_ids`; looks at the last 64 of them at most every 16 tokens."""
-        if len(output_ids) >= self.next_look:
-            self.next_look = len(output_ids) + LOOK_EVERY
-            lang = self.vocab.scripts.language(output_ids)
+        """The map to draft with after `output_ids`, which only grow. Looks after every 16th token, at the 64 before it:
+        so however many tokens come at once, the choice is the same.
+        """
+        seen = len(output_ids) // LOOK_EVERY
+        if seen > self.looked and not self.fixed:
+            self.looked = seen
+            lang = self.vocab.scripts.language(output_ids[max(0, seen * LOOK_EVERY - WINDOW) : seen * LOOK_EVERY])
             if lang is not None:
                 self.name = self.vocab.named(lang)
         return self.name

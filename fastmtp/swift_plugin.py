@@ -56,6 +56,8 @@ class MiMoLoader(ModelLoader):
         self.auto_model_cls = MiMoForCausalLM
         model = super().get_model(model_dir, config, processor, model_kwargs)
         model.model.mtp_layers.float()
+        if os.environ.get("MTP_COMPILE") == "True":
+            model.compile_layers()
         return model
 
 

@@ -2,7 +2,7 @@
 
 A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (modeling_mimo.MiMoConfig's mtp_*). With
 `mtp_eval_data`, held-out samples of which `mtp_eval_limit` are used, tau is measured at every checkpoint, and the link
-`best-checkpoint` keeps the best. Overrides are flags of the same names. An unknown key is an error.
+`best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers (pays at 7B). Overrides are flags of the same names. An unknown key is an error.
 
     python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5
     NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml --resume_from_checkpoint runs/mimo7b_k3/last-checkpoint
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from fastmtp.export import read_head
 from fastmtp.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.recursion import ATTENTIONS
 
-HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit")
+HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile")
 NEEDED = ("model", "model_type", "external_plugins", "dataset", "output_dir", "model_kwargs")
 
 
@@ -80,6 +81,8 @@ def check(recipe: dict, known: set[str], where: str) -> None:
     for name, value in (("mtp_num_steps", steps), ("mtp_eval_limit", limit)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{where}: {name} must be a whole number of at least 1, not {value}")
+    if not isinstance(head.get("mtp_compile", False), bool):
+        raise InputError(f"{where}: mtp_compile must be true or false, not {head['mtp_compile']}")
     if attention not in ATTENTIONS:
         raise InputError(f"{where}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {attention}")
     try:
@@ -106,7 +109,10 @@ def train(recipe: dict) -> None:
         resolved = Path(folder) / "recipe.yaml"  # ms-swift copies it to output_dir
         resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         start = "from swift.cli.main import cli_main; cli_main()"
-        code = subprocess.run([sys.executable, "-c", start, "sft", str(resolved)], check=False).returncode
+        here = str(Path(__file__).resolve().parents[1])  # the plugin's imports, where the package is not installed
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        command = [sys.executable, "-c", start, "sft", str(resolved)]
+        code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         print(f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above", file=sys.stderr)
         raise SystemExit(1)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from tiny import chatml_tokenizer
 
+from fastmtp import acceptance, decoding
+from fastmtp.acceptance import measure_at, pooled
 from fastmtp.build_vocab import fingerprint
 from fastmtp.cli import InputError
+from fastmtp.decoding import generate
 from fastmtp.draft_vocab import LOOK_EVERY, DraftVocab, mix, names_by_anchor, read
 from fastmtp.lang import LANGUAGES, detect
 from fastmtp.script_table import SPECIAL, ScriptTable, build
@@ -85,7 +88,7 @@ def test_looks_are_rare(vocab, monkeypatch):
     looked.clear()
     for n in range(160):
         follower.look([1] * n)
-    assert looked == list(range(LOOK_EVERY, 160, LOOK_EVERY))
+    assert looked == [min(n, 64) for n in range(LOOK_EVERY, 160, LOOK_EVERY)]
 
 
 def test_what_the_request_asks_for_wins(vocab, caplog):
@@ -158,3 +161,55 @@ def test_what_is_refused(tmp_path, tokenizer):
     ]:
         with pytest.raises(InputError, match=says):
             read(spec, policy, tokenizer, size)
+
+
+@pytest.fixture(scope="module")
+def two_languages(useful) -> DraftVocab:
+    """Over the useful model's 32 ids: its ten commonest tokens and six others are `en`'s map; odd ids are Chinese."""
+    common = useful.token_map
+    rest = torch.tensor([i for i in range(32) if i not in common.tolist()])
+    maps = {"en": torch.cat([common, rest[:6]]).sort().values, "zh": rest[:16], "mixed": torch.arange(8, 24)}
+    kind = np.array([LANGUAGES.index("zh" if i % 2 else "en") for i in range(32)], np.uint8)
+    return DraftVocab(maps, "auto", ScriptTable(kind, np.ones(32, np.float32)))
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_acceptance_counts_what_the_decoder_does_with_it(useful, two_languages, num_steps):
+    used = set()
+    samples = []
+    for n, (prompt, answer) in enumerate(zip(useful.prompts, useful.answers, strict=True)):
+        samples.append(dict(id=str(n), prompt_ids=prompt, output_ids=answer))
+        used |= set(names_by_anchor(two_languages, prompt, answer))
+    assert {"en", "zh"} <= used, "no switch happens here: the test has lost its point"
+    found = measure_at(useful.model, samples, [num_steps], vocab=two_languages)[num_steps]
+    histogram = torch.zeros(num_steps + 1, dtype=torch.int64)
+    for sample in samples:
+        decoded = generate(useful.model, sample["prompt_ids"], 40, num_steps, token_map=two_languages)
+        assert decoded.ids == sample["output_ids"], "drafts never change the text"
+        histogram += torch.tensor(decoded.histogram)
+    assert pooled(found, "auto").histogram == histogram.tolist()
+    others = [pooled(found, name).histogram for name in ("full", "en", "zh", "mixed")]
+    assert histogram.tolist() not in others
+
+
+def test_sampling_with_it_draws_from_the_active_map(useful, two_languages):
+    ids = generate(useful.model, useful.prompts[0], 60, 3, temperature=1.0, seed=3, token_map=two_languages).ids
+    assert len(ids) == 60 and set(ids) <= set(range(32))
+
+
+def test_the_commands_take_maps(tmp_path, base_folder, capsys):
+    size = 200
+    en, zh = saved(tmp_path, "en", range(size)), saved(tmp_path, "zh", range(100, 100 + size))
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "what is two plus two?"}\n')
+    argv = ["--model", str(base_folder), "--token-maps", f"en={en},zh={zh}"]
+    decoding.main([*argv, "--prompts", str(prompts), "--max-new-tokens", "20", "--out", str(tmp_path / "o.jsonl")])
+    assert "identical=1/1" in capsys.readouterr().out
+    acceptance.main([*argv, "--data", str(tmp_path / "o.jsonl"), "--device", "cpu", "--out", str(tmp_path / "t.json")])
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert {row["map"] for row in rows} == {"full", "en", "zh", "mixed", "union", "auto"}
+    decoded = json.loads((tmp_path / "o.jsonl").read_text())
+    (followed,) = (row for row in rows if row["map"] == "auto")
+    assert followed["histogram"] == decoded["histogram"]
+    with pytest.raises(InputError, match="give one of them"):
+        decoding.main([*argv, "--token-map", en, "--prompts", str(prompts), "--out", str(tmp_path / "o2.jsonl")])

@@ -272,3 +272,19 @@ def test_several_servers_at_once_and_one_that_dies(tmp_path, started, capsys):
     with pytest.raises(SystemExit):
         speed_model.main(arguments(tmp_path, *more))
     assert started == ["b.k1-full", "b.k2-full"], "what was measured stays"
+
+
+def test_a_map_through_our_own_draft_model_is_not_given_to_sglang_as_well(tmp_path, monkeypatch):
+    from fastmtp.draft_vocab import DraftVocab
+
+    monkeypatch.setattr(serve, "attention_backend", lambda: "triton")
+    folder = tmp_path / "model"
+    shapes.write_folder(shapes.SHAPES["tiny"], folder)
+    variants = speed_model.parse_variants(["own=SGLANG_EXTERNAL_MODEL_PACKAGE=fastmtp.sglang_ext"])
+    plain, full, mapped = speed_model.points(shapes.SHAPES["tiny"], "3", "full,8k", shapes.PAPER, variants)
+    assert not any("SGLANG_EXTERNAL_MODEL_PACKAGE" in p.environment() for p in (plain, full))
+    assert "--speculative-token-map" not in speed_model.command(mapped, folder, 31000, [])
+    environment = speed_model.vocabulary(mapped, folder)
+    assert environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] == "fastmtp.sglang_ext"
+    vocab = DraftVocab.load(environment["FASTMTP_DRAFT_VOCAB"])
+    assert len(vocab.maps[vocab.follow([1, 2, 3]).look([5] * 40)]) == 8192

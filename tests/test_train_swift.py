@@ -168,6 +168,22 @@ def test_two_processes_are_one(work, whole):
         assert (found[name] - wanted[name]).norm() < 0.01 * moved, f"{name}: moved elsewhere"
 
 
+def test_packed_is_padded(work):
+    """All chats in one padded batch, or in one packed row: same losses, same head, up to rounding."""
+    common = dict(**FLOAT32, max_steps=2, max_length=128)
+    succeeded(sft(work, "padded", **common, per_device_train_batch_size=24))
+    packing = dict(packing="true", packing_length=4096, attn_impl="flash_attn", per_device_train_batch_size=1)
+    succeeded(sft(work, "packed", **common, **packing))
+    wanted, found = weights(work / "padded" / "checkpoint-2"), weights(work / "packed" / "checkpoint-2")
+    base = weights(work / "model")
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() < 0.01 * (wanted[name] - base[name]).norm(), name
+    logs = [[json.loads(line) for line in (work / n / "logging.jsonl").read_text().splitlines()] for n in ("padded", "packed")]
+    for name in ("loss", "mtp_loss_1", "mtp_loss_3"):
+        padded, packed = ([row[name] for row in log if name in row] for log in logs)
+        assert len(padded) == 2 and packed == pytest.approx(padded, abs=1e-4)
+
+
 def test_the_recipe_as_it_stands_in_bfloat16(work):
     """bf16 backbone, float32 head: two steps, all tensors move, also the norms, which bf16 would round away."""
     succeeded(sft(work, "bf16", max_steps=2, learning_rate="1e-4"))
