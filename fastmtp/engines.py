@@ -64,8 +64,7 @@ def engines(model: str, count: int, requests: int, dtype: str, flags: list[str],
     memory = torch.cuda.get_device_properties(0).total_memory
     ours = throughput_flags(model, -(-requests // count), dtype, -(-count // gpus), memory)
     servers = []
-    for n in range(count):
-        port = free_port()
+    for n, port in enumerate(free_ports(count)):
         line = command(model, num_steps=0, port=port, flags=[*without(ours, flags), "--base-gpu-id", str(n % gpus), *flags])
         servers.append(Server(line, port, logs / f"engine-{n}.log", env=ENVIRONMENT))
     with together(servers) as outcomes:
@@ -74,8 +73,10 @@ def engines(model: str, count: int, requests: int, dtype: str, flags: list[str],
         yield [server.url for server in servers]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
-
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
