@@ -108,6 +108,15 @@ def names_by_anchor(vocab: DraftVocab, prompt_ids: Sequence[int], output_ids: Se
     return [follower.look(output_ids[: i + 1]) for i in range(len(output_ids) - 1)]
 
 
+def context_ids(prompt_ids: Sequence[int], token_map: Tensor, most: int) -> Tensor:
+    """The prompt's ids that `token_map` lacks, the last ones first seen from its end, at most `most`: [<= most] int64.
+
+    Names and identifiers of a prompt recur in its answer, however rare they are elsewhere.
+    """
+    ids = torch.tensor(list(dict.fromkeys(reversed(prompt_ids))), dtype=torch.int64)
+    return ids[~torch.isin(ids, token_map)][:most]
+
+
 def mix(maps: Sequence[Tensor], size: int) -> Tensor:
     """A map of `size` ids out of several: what all share first, then each one's lowest ids in turn.
 
