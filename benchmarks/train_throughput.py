@@ -229,6 +229,28 @@ def measure(
     }
 
 
+def table(config: dict, rows: list[dict]) -> str:
+    """The figures as markdown, with what they were measured on."""
+    lines = [
+        f"# Training throughput: {config['shape']}, K={config['num_steps']}",
+        "",
+        f"{config['card']}, torch {config['torch']}. `python benchmarks/train_throughput.py --shape {config['shape']} "
+        f"--packed-length {config['packed_length']} --num-steps {config['num_steps']} --documents {config['documents']}"
+        f"{' --compile' if config['compile'] else ''} --seed {config['seed']}`",
+        "",
+        "| | tokens/s | useful TFLOP/s | share of the matrix rate | peak GiB above the weights |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = (row["tokens_per_second"], row["useful_tflops"], f"{row['share_of_matrix_rate']:.1%}", row["peak_gib_above_weights"])
+        lines.append(f"| {row['impl']} | " + " | ".join(str(cell) for cell in cells) + " |")
+    lines += ["", f"Matrix rate, bfloat16, 8192 x 8192, in the same run: {rows[0]['matrix_tflops']} TFLOP/s."]
+    if len(rows) == 2:
+        speed = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
+        lines += [f"{rows[0]['impl']} over {rows[1]['impl']}: {speed:.2f} times the tokens a second."]
+    return "\n".join(lines) + "\n"
+
+
 def parser() -> Parser:
     p = Parser(
         "python benchmarks/train_throughput.py",
@@ -242,7 +264,7 @@ def parser() -> Parser:
     p.add_argument("--documents", type=int, default=200, help="documents to train on (default 200)")
     p.add_argument("--compile", action="store_true", help="torch.compile the layers, ours")
     p.add_argument("--seed", type=int, default=0, help="of lengths and tokens (default 0)")
-    p.add_argument("--out", help="JSON file with the figures")
+    p.add_argument("--out", help="JSON file for the figures; a table goes beside it as .md")
     return p
 
 
@@ -267,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
         config = {**vars(args), "card": card, "torch": torch.__version__}
-        files.write_json(Path(args.out), {"config": config, "results": rows})
+        files.write_json(args.out, {"config": config, "results": rows})
+        with files.atomic(Path(args.out).with_suffix(".md")) as path:
+            path.write_text(table(config, rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

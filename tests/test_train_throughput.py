@@ -62,6 +62,18 @@ def test_useful_operations_by_hand():
     assert bench.useful_operations(SHAPE, [(ids, labels)], 2) == pytest.approx(backbone + head + 4 * 64 * 97 * 9)
 
 
+def test_the_command_writes_figures_and_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.SHAPES, "smollm2", SHAPE)
+    monkeypatch.setattr(bench, "matrix_rate", lambda device: 1e12)
+    bench.main(["--shape", "smollm2", "--documents", "2", "--num-steps", "2", "--out", str(tmp_path / "x.json")])
+    assert capsys.readouterr().out.count("tokens_per_second") == 2
+    text = (tmp_path / "x.md").read_text()
+    assert "| ours |" in text and "| paper-style |" in text and "--documents 2" in text
+    for wrong in (["--packed-length", "100"], ["--documents", "0"]):
+        with pytest.raises(bench.InputError, match=wrong[0]):
+            bench.main(wrong)
+
+
 @pytest.mark.parametrize("impl", bench.IMPLEMENTATIONS)
 def test_both_train_the_head_alone(impl):
     documents = [(ids[-60:], labels[-60:]) for ids, labels in bench.make_documents(3, 97, 0)]
