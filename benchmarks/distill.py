@@ -13,17 +13,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from fastmtp import distill
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines import engines
-from fastmtp.files import write_json
+from fastmtp.files import atomic, write_json
 from fastmtp.journal import Journal
 from fastmtp.prompts import Chat
 
@@ -89,6 +92,19 @@ def measure(name: str, urls: list[str], in_flight: int, part: list[Chat], args, 
     return row
 
 
+def report(rows: list[dict], start_s: float, answered: int) -> str:
+    """The results file: machine, command, table."""
+    gpu = torch.cuda.get_device_properties(0)
+    command = shlex.join(["python", *sys.argv]).replace(" --", " \\\n    --")
+    return (
+        f"# Distillation speed\n\nMachine: {gpu.name} ({gpu.total_memory / 1e9:.0f} GB), {os.cpu_count()} cores. The engines took "
+        f"{start_s:g} s to start. {answered:,} prompts answered in all.\n\n```sh\n{command}\n```\n\n{HEAD}\n{RULE}\n"
+        + "\n".join(map(line, rows))
+        + "\n\nSeconds and tokens/s run from the first request to the last answer; the middle half leaves out how a run fills up and "
+        "runs dry.\n"
+    )
+
+
 def parser() -> Parser:
     p = Parser(
         "python benchmarks/distill.py",
@@ -99,6 +115,7 @@ def parser() -> Parser:
     p.add_argument("--try", dest="combinations", nargs="+", required=True, metavar="ENGINESxFLIGHT", help="such as 2x1024")
     p.add_argument("--rounds", type=int, default=4, help="prompts a combination, per chat in flight (default %(default)s)")
     p.add_argument("--all", action="store_true", help="then answer the rest with the best combination")
+    p.add_argument("--results", metavar="MD", help="write the table there, with the machine and the command")
     p.add_argument("--stop-after", type=float, default=1e9, metavar="S", help="end after so many seconds with what there is")
     return p
 
@@ -135,6 +152,10 @@ def main() -> None:
             if own.all and todo and rows:
                 best = max(rows, key=lambda row: row["steady_tokens_per_s"])
                 rows.append(measure("all", urls[: best["engines"]], best["in_flight"], todo, args, journal, left()))
+            rows = [row for row in rows if row]
+            if own.results:
+                with atomic(own.results) as temporary:
+                    temporary.write_text(report(rows, start_s, len(journal.done)), encoding="utf-8")
             write_json(out.with_suffix(".bench.json"), {"start_s": start_s, "rows": rows, "answers": len(journal.done)})
     print(f"\n{json.dumps({'answers': len(journal.done), 'failed': journal.failed, 'of': len(questions.keys)})}")
 

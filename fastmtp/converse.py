@@ -33,7 +33,7 @@ async def converse(chat: Chat, servers: Servers, context: int) -> dict:
         text = servers.tokenizer.decode(answer.ids, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text, "token_ids": answer.ids})
         retokenised |= answer.retokenised
-    made = sample(chat, messages, answer.prompt_ids or ids, answer.finish)
+    made = sample(chat, messages, answer.prompt_ids or ids, servers.eos_ids)
     return made | ({"retokenised": True} if retokenised else {})
 
 

@@ -27,6 +27,7 @@ from fastmtp import files
 from fastmtp.chat import prompt_ids as chat_prompt_ids
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.draft_vocab import AUTO, DraftVocab, parse_maps, read
+from fastmtp.export import read_head
 from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.token_map import load_token_map
 
@@ -325,6 +326,7 @@ def parser() -> Parser:
         "    --num-steps 3 --token-map vocab/smollm2/en_8k.pt --dtype bfloat16 --out results/decoding.jsonl",
     )
     p.add_argument("--model", required=True, help="model folder in MiMo layout")
+    p.add_argument("--head", help="a checkpoint or shipped head instead of the model's own")
     p.add_argument("--prompts", required=True, help="jsonl with `messages` or `prompt`")
     p.add_argument("--split", help="use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
@@ -345,7 +347,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
     prompts = read_prompts(args.prompts, args.split, args.limit)
+    head = read_head(args.head) if args.head else None
     model = load(args.model, args.dtype, args.device)
+    if head:
+        model.net.load_head(head)
     token_map = load_token_map(args.token_map, model.net.vocab_size) if args.token_map else None
     maps = [args.token_map] if args.token_map else []
     if args.token_maps:

@@ -42,10 +42,9 @@ class Again(Exception):
 
 @dataclass
 class Answer:
-    """`ids` end with an end token unless `finish` is "length". `prompt_ids`: as the server saw them, where it says so."""
+    """`ids` end with an end token, or were cut at the limit. `prompt_ids`: as the server saw them, where it says so."""
 
     ids: list[int]
-    finish: str
     prompt_ids: list[int] | None = None
     retokenised: bool = False
 
@@ -160,7 +159,7 @@ class Servers:
             ids = [*ids, self.tokenizer.eos_token_id]
         if not ids:
             raise Again("the answer has no tokens")
-        return Answer(ids, "stop" if ids[-1] in self.eos_ids else "length", prompt_ids)
+        return Answer(ids, prompt_ids)
 
     async def _post(self, url: str, body: dict) -> dict:
         async with self.session.post(url, json=body) as reply:

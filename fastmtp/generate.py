@@ -106,8 +106,7 @@ def answer_batch(model: Model, chats: list[Chat], seed: int) -> tuple[list[dict]
         for chat, output in zip(going, outputs, strict=True):
             text = model.tokenizer.decode(output, skip_special_tokens=True)
             said[chat.key].append({"role": "assistant", "content": text, "token_ids": output})
-    finish = {chat.key: "stop" if said[chat.key][-1]["token_ids"][-1] in model.eos_ids else "length" for chat in left}
-    return [sample(chat, said[chat.key], asked[chat.key], finish[chat.key]) for chat in left], misfits
+    return [sample(chat, said[chat.key], asked[chat.key], model.eos_ids) for chat in left], misfits
 
 
 def generate(model: Model, chats: Iterable[Chat], journal: Journal, batch_size: int, seed: int, bar: tqdm) -> None:

@@ -19,16 +19,17 @@ from fastmtp.mixture import Sampling
 from fastmtp.prompts import Chat
 
 
-def sample(chat: Chat, messages: list[dict], prompt_ids: list[int], finish: str) -> dict:
-    """One output line (the contract in the README). `prompt_ids` and `finish` are those of the last answer."""
+def sample(chat: Chat, messages: list[dict], prompt_ids: list[int], eos_ids: set[int]) -> dict:
+    """One output line (the contract in the README). `prompt_ids` are those of the last answer."""
+    answers = [message["token_ids"] for message in messages if message["role"] == "assistant"]
     return {
         "id": chat.id,
         "source": chat.source,
         "lang": chat.lang,
         "messages": messages,
         "prompt_ids": prompt_ids,
-        "output_ids": messages[-1]["token_ids"],
-        "finish": finish,
+        "output_ids": answers[-1],
+        "finish": "stop" if all(ids[-1] in eos_ids for ids in answers) else "length",  # one cut answer spoils the chat
         "key": chat.key,
     }
 

@@ -21,6 +21,7 @@ from swift.arguments import SftArguments
 from swift.callbacks import TrainerCallback, callbacks_map
 from swift.model import ModelGroup, ModelLoader, ModelMeta, register_model
 from swift.template import Template, TemplateMeta, register_template
+from torch.distributed.tensor import DTensor
 
 from fastmtp.acceptance import measure, pooled, read_samples
 from fastmtp.chat import encode_chat
@@ -78,10 +79,28 @@ class MTPTemplate(Template):
         outputs.step_losses = None
         return outputs
 
+    gathered: dict[str, torch.Tensor] | None = None  # the head as GatherCallback left it
+
     def save_callback(self, model, output_dir: str) -> None:
         """Checkpoints hold the head alone; ms-swift loads them over the base on resume, fastmtp.export merges them."""
-        head = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n.startswith(PREFIX)}
+        head = self.gathered or head_of(model)
         save_file(head, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
+
+
+def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The head's tensors by name, whole and on the CPU. Where they are sharded, every rank must call it."""
+    head = {n: t.detach() for n, t in model.state_dict().items() if n.startswith(PREFIX)}
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).cpu().contiguous() for n, t in head.items()}
+
+
+class GatherCallback(TrainerCallback):
+    """For FSDP: all ranks put the head together before rank 0 writes it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self.trainer.template.gathered = head_of(self.trainer.model)
+
+    on_epoch_end = on_step_end
 
 
 class TauCallback(TrainerCallback):
@@ -147,6 +166,7 @@ def check_trainable(model: torch.nn.Module) -> None:
 
 
 callbacks_map["mtp_tau"] = TauCallback
+callbacks_map["mtp_gather"] = GatherCallback
 register_template(TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], suffix=[], template_cls=MTPTemplate))
 register_model(
     ModelMeta(NAME, [ModelGroup([])], MiMoLoader, template=NAME, architectures=["MiMoForCausalLM"]), exist_ok=True

@@ -103,8 +103,10 @@ def check(recipe: dict, known: set[str], where: str) -> None:
 
 def train(recipe: dict) -> None:
     """Run `swift sft` on a checked recipe; its resolved form is kept in output_dir. SystemExit(1) if it fails."""
-    if "mtp_eval_data" in recipe["model_kwargs"]:
-        recipe = {**recipe, "callbacks": [*recipe.get("callbacks", []), "mtp_tau"]}
+    needs = {"mtp_tau": "mtp_eval_data" in recipe["model_kwargs"], "mtp_gather": recipe.get("fsdp")}
+    added = [name for name, needed in needs.items() if needed]
+    if added:
+        recipe = {**recipe, "callbacks": [*recipe.get("callbacks", []), *added]}
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "recipe.yaml"  # ms-swift copies it to output_dir
         resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")

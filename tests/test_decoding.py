@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_model, wrap
+from tiny import save_folder, tiny_model, wrap
 from torch import nn
 
+from fastmtp import decoding
 from fastmtp.decoding import accept_greedy, accept_sampled, generate, position_rates
+from fastmtp.export import read_head
 
 VOCAB = 97
 MAP = torch.arange(0, VOCAB, 3)
@@ -241,3 +243,22 @@ def test_the_chi_square_helper_can_fail():
     with pytest.raises(AssertionError):
         assert_fits(wanted + torch.tensor([25.0, -25.0] * 5), wanted)
     assert p_value(21.666, 9) == pytest.approx(0.01, rel=1e-3)  # from a printed table
+
+
+def test_another_head_takes_the_place_of_the_models_own(base_folder, tmp_path, monkeypatch):
+    other = save_folder(tmp_path / "other", seed=5)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "what?"}\n')
+    used = []
+
+    def compare(model, *_):
+        used.append({name: tensor for name, tensor in model.net.state_dict().items() if "mtp_layers" in name})
+        raise SystemExit
+
+    monkeypatch.setattr(decoding, "compare", compare)
+    common = ["--model", str(base_folder), "--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    for flags in ([], ["--head", str(other)]):
+        with pytest.raises(SystemExit):
+            decoding.main([*common, *flags])
+    for found, folder in zip(used, (base_folder, other), strict=True):
+        wanted = read_head(folder)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

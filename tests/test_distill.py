@@ -112,7 +112,18 @@ def test_every_answer_of_a_chat_is_redone_in_order_and_kept_exactly(place, token
     assert second[: len(first) + len(answer)] == first + answer, "no answer is tokenised again"
     assert tokenizer.decode(second[len(first) + len(answer) :]) == "\n<|im_start|>user\nand four<|im_end|>\n<|im_start|>assistant\n"
     assert row["prompt_ids"] == second and row["output_ids"] == row["messages"][4]["token_ids"]
-    assert "own answer" not in json.dumps(row)
+    assert "own answer" not in json.dumps(row) and row["finish"] == "stop"
+
+
+def test_a_chat_with_one_answer_that_was_cut_is_cut(place):
+    turn = [{"role": "user", "content": "one"}, {"role": "assistant", "content": ""}]
+    ask({"messages": [*turn, {"role": "user", "content": "two"}]})
+    with StandIn() as server:
+        tokenizer = distill.load_tokenizer("model")
+        first = answer_ids(prompt_ids(tokenizer, turn[:1]), 64)[0]
+        run("--max-new-tokens", str(len(first) - 1), server=server)
+        (row,) = lines()
+        assert row["finish"] == "length" and len(row["messages"][1]["token_ids"]) == len(first) - 1
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "drop", "cut", "abort"])

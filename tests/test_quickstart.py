@@ -90,3 +90,13 @@ def test_every_stage_is_a_command_whose_arguments_parse(sizes):
 def test_smoke_and_full_run_share_nothing_but_the_base_model():
     made = [{s.makes for s in stages(sizes)} for sizes in (Sizes(), SMOKE)]
     assert made[0] & made[1] == {"models/smollm2"}
+
+
+def test_trained_and_shipped_head_decode_the_same_prompts():
+    """In both precisions with the same words but for the head and the file, and all four reach the report."""
+    made = {s.name: s for s in stages(Sizes())}
+    for dtype in ("float32", "bfloat16"):
+        own, shipped = made[f"decode {dtype}"], made[f"decode shipped-{dtype}"]
+        rest = [word for word in shipped.arguments if word not in ("--head", quickstart.SHIPPED, shipped.makes)]
+        assert rest == [word for word in own.arguments if word != own.makes] and quickstart.SHIPPED in shipped.arguments
+        assert {own.makes, shipped.makes} <= set(made["report"].arguments)
