@@ -12,7 +12,6 @@ counts: tokens per second of each choice for each language.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import statistics
 import sys
@@ -40,7 +39,7 @@ LANGS = ("en", "zh")
 FLAGS = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--random-seed", "0"]
 FLAGS += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
 FLAGS += ["--chunked-prefill-size", "2048", "--max-running-requests", "1", "--cuda-graph-max-bs-decode", "1"]
-FLAGS += ["--disable-prefill-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none"]
+FLAGS += ["--disable-prefill-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none", "--sleep-on-idle"]
 
 
 @dataclass(frozen=True)
@@ -270,31 +269,42 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--sizes {args.sizes} --unions {args.unions}: one union for each size, two maps within {shape['vocab_size']} ids")
     files = dict(part.partition("=")[::2] for part in args.taus.split(",")) if args.taus else {}
     taus = {parse_size(text): read_taus(path) for text, path in files.items()}
-    if not torch.cuda.is_available():
-        raise InputError("no GPU here; costs are measured on one")
     out = Path(args.out)
     shapes.write_folder(shape, out / "model")
-    report = {"gpu": harness.gpu_name(), "kernels": kernels(shape, [*sizes, *unions]), "arms": [], "speeds": []}
-    torch.cuda.empty_cache()
-    if not args.kernels:
-        serve.sglang_version()
-        arms = [Arm("full", shape["vocab_size"])]
-        arms += [Arm(kind, rows) for rows in sizes for kind in ("stock", "auto")] + [Arm("stock", rows) for rows in unions]
-        report["arms"] = measure_all(list(dict.fromkeys(arms)), args, flags, shape, out)
-        rows = {row["name"]: row for row in report["arms"]}
-        report["speeds"] = [r for size, union in zip(sizes, unions, strict=True) if size in taus for r in speeds(rows, taus[size], size, union)]
+    arms = [Arm("full", shape["vocab_size"])]
+    arms += [Arm(kind, rows) for rows in sizes for kind in ("stock", "auto")] + [Arm("stock", rows) for rows in unions]
+    arms = [] if args.kernels else list(dict.fromkeys(arms))
+    done = read_json(out / "measured.json") if (out / "measured.json").exists() else {"arms": {}}
+    failed: dict[str, str] = {}
+    if not done.get("kernels") or any(arm.name not in done["arms"] for arm in arms):
+        if not torch.cuda.is_available():
+            raise InputError("no GPU here; costs are measured on one")
+        done |= {"gpu": harness.gpu_name(), "kernels": kernels(shape, [*sizes, *unions])}
+        torch.cuda.empty_cache()
+        failed = measure_all(arms, args, flags, shape, out, done)
+    rows = [row for arm in arms for row in done["arms"].get(arm.name, [])]
+    named = {row["name"]: row for row in rows}
+    found = [] if failed else [r for size, union in zip(sizes, unions, strict=True) if size in taus for r in speeds(named, taus[size], size, union)]
+    report = {"gpu": done["gpu"], "kernels": done["kernels"], "arms": rows, "speeds": found}
     write_json(out / "cost.json", report)
     with atomic(out / "cost.md") as temporary:
         temporary.write_text(markdown(report), encoding="utf-8")
     write_provenance(out, vars(args) | {"sglang_flags": flags}, list(files.values()))
     print(markdown(report))
+    if failed:
+        sys.exit(f"evaluation.vocab_cost: error: not measured: {failed}\nthe same command tries these again")
 
 
-def measure_all(arms: list[Arm], args, flags: list[str], shape: dict, out: Path) -> list[dict]:
-    """Rows of all arms: `--at-once` servers start together, each is asked alone. SystemExit(1) if one fails."""
-    store = out / "arms.json"
-    found: dict[str, list[dict]] = json.loads(store.read_text()) if store.exists() else {}
-    todo = [arm for arm in arms if arm.name not in found]
+def measure_all(arms: list[Arm], args, flags: list[str], shape: dict, out: Path, done: dict) -> dict[str, str]:
+    """Add missing arms' rows to `done`, kept in OUT/measured.json; errors of those that failed, by name.
+
+    `--at-once` servers start together, each is asked alone.
+    """
+    failures = {}
+    write_json(out / "measured.json", done)
+    todo = [arm for arm in arms if arm.name not in done["arms"]]
+    if todo:
+        serve.sglang_version()
     with tqdm(total=len(todo), desc="servers", disable=None) as bar:
         for first in range(0, len(todo), args.at_once):
             group = todo[first : first + args.at_once]
@@ -306,13 +316,14 @@ def measure_all(arms: list[Arm], args, flags: list[str], shape: dict, out: Path)
                             raise failed
                         rows = asyncio.run(measure(server.url, arm, args.requests, args.tokens))
                     except (BackendError, serve.ServerError) as error:
-                        sys.exit(f"evaluation.vocab_cost: error: {arm.name}: {error}\nthe same command continues")
+                        failures[arm.name] = str(error)
+                        continue
                     if arm.kind == "auto":
                         rows[-1]["switches"] = switches_in(server.log)
-                    found[arm.name] = rows
-                    write_json(store, found)
+                    done["arms"][arm.name] = rows
+                    write_json(out / "measured.json", done)
                     bar.update()
-    return [row for arm in arms for row in found[arm.name]]
+    return failures
 
 
 if __name__ == "__main__":

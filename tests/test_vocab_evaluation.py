@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_in import free_port
 
 from evaluation import shapes, vocab_check, vocab_cost
 from evaluation.turn import Turn
@@ -113,3 +114,34 @@ def test_switches_are_read_from_the_log(tmp_path):
     assert vocab_cost.switches_in(log) is None
     log.write_text("[x] draft vocabulary: active en; 12 switches; tokens drafted: en 5\n")
     assert vocab_cost.switches_in(log) == 12
+
+
+def test_a_measured_folder_needs_no_gpu_to_be_reported_again(tmp_path, capsys):
+    arms = ["full", "stock 64", "auto 64", "stock 100"]
+    names = {name: [vocab_cost.record(name, [turn(11, 5, 2.0)])] for name in arms}
+    kernels = [{"rows": 64, "switch_us": 1.0, "head_us": 2.0, "static_us": 3.0}]
+    argv = ["--shape", "tiny", "--sizes", "64", "--unions", "100", "--out", str(tmp_path)]
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no GPU here"):
+            vocab_cost.main(argv)
+    (tmp_path / "measured.json").write_text(json.dumps({"gpu": "H", "kernels": kernels, "arms": names}))
+    vocab_cost.main(argv)
+    assert "| 64 | 1.0 | 2.0 | 3.0 |" in capsys.readouterr().out and (tmp_path / "cost.md").exists()
+
+
+def test_a_dead_arm_does_not_take_the_others_with_it(tmp_path, monkeypatch):
+    shapes.write_folder(shapes.SHAPES["tiny"], tmp_path / "model")
+    monkeypatch.setattr(serve, "sglang_version", lambda: "0.5.17")
+
+    def line(model, steps, token_map, tp, port, flags):
+        return ["false"] if token_map else [sys.executable, STAND_IN, "--port", str(port), "--num-steps", str(steps)]
+
+    monkeypatch.setattr(serve, "command", line)
+    args = vocab_cost.parser().parse_args(["--requests", "2", "--tokens", "20", "--at-once", "3", "--out", str(tmp_path)])
+    args.port = free_port()
+    done = {"arms": {}}
+    arms = [Arm("stock", 64), Arm("full", 512), Arm("auto", 64)]
+    failed = vocab_cost.measure_all(arms, args, [], shapes.SHAPES["tiny"], tmp_path, done)
+    assert list(failed) == ["stock 64"] and "the server ended with exit code 1" in failed["stock 64"]
+    kept = json.loads((tmp_path / "measured.json").read_text())["arms"]
+    assert [row["name"] for rows in kept.values() for row in rows] == ["full", "auto 64", "auto 64, languages by turns"]
