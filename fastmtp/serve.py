@@ -109,12 +109,16 @@ def command(
             "drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1 or no map"
         )
     parts = ["--model-path", model, "--host", HOST, "--port", str(port), "--tp-size", str(tp)]
-    parts += ["--attention-backend", backend or attention_backend(), "--sampling-backend", "pytorch"]
+    attention = backend or attention_backend()
+    parts += ["--attention-backend", attention, "--sampling-backend", "pytorch"]
     if "auto_map" in config and config.get("model_type") not in ("qwen2", "llama"):
         parts += ["--trust-remote-code"]
     if num_steps:
         parts += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(num_steps)]
         parts += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(num_steps + 1)]
+    if num_steps and attention == "fa3":
+        # With fa3 SGLang 0.5.17 runs the draft's extension without a CUDA graph.
+        parts += ["--speculative-draft-attention-backend", "triton"]
     if token_map:
         # A path that does not exist would be taken for a Hub repository.
         parts += ["--speculative-token-map", str(existing(token_map, "token map").resolve())]

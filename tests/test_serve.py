@@ -223,3 +223,12 @@ def test_the_script_adds_the_single_stream_flags_unless_given_others(own, model)
     assert found.returncode == 0, found.stderr
     assert ("--max-running-requests 1 --cuda-graph-max-bs-decode 1" in found.stdout) == (not own)
     assert "--speculative-num-steps 3" in found.stdout
+
+
+def test_with_fa3_the_draft_keeps_its_cuda_graphs(model):
+    flag = "--speculative-draft-attention-backend"
+    line = serve.command(model, 3, backend="fa3")
+    assert line[line.index(flag) + 1] == "triton"
+    assert flag not in serve.command(model, 0, backend="fa3") and flag not in serve.command(model, 3, backend="triton")
+    own = serve.command(model, 3, flags=[flag, "fa3"], backend="fa3")
+    assert own.count(flag) == 1 and own[own.index(flag) + 1] == "fa3"
