@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .recursion import shift
-from .row_loss import kernel_usable, loss_and_residual
-from .teacher import greedy, likeliest, soft_cross_entropy
+from .row_loss import normalise, scaled_softmax
+from .teacher import chunks, greedy, likeliest, soft_cross_entropy
 
 IGNORE = -100
-CHUNK_BYTES = 256 * 2**20
-FUSED_CHUNK_BYTES = 2**30  # a GPU's products want some thousand rows
 LABELS = ("data", "argmax", "kl", "lk")
 MEANS = ("token", "sequence")
 SEQUENCE_TOKENS = 256
@@ -98,24 +96,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        fused = kernel_usable(weight)
-        size = FUSED_CHUNK_BYTES // weight.element_size() if fused else CHUNK_BYTES // 4
-        rows = max(1, size // weight.shape[0])
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in chunks(hidden, weight):
             logits = F.linear(hidden[part].to(weight.dtype), weight)
-            if fused:
-                loss_and_residual(logits, targets[part], losses[part])
-            else:
-                logits, wanted = logits.float(), targets[part, None]
-                normaliser = logits.logsumexp(-1, keepdim=True)
-                losses[part] = (normaliser - logits.gather(1, wanted)).squeeze(1)
-                logits = logits.sub_(normaliser).exp_()
-                logits.scatter_add_(1, wanted, torch.full_like(normaliser, -1.0))
+            wanted = targets[part, None]
+            normaliser, _ = normalise(logits)
+            chance = logits.gather(1, wanted).squeeze(1).float() - normaliser
+            losses[part] = -chance
             if grad is not None:
-                grad[part] = (logits.to(weight.dtype) @ weight).to(grad.dtype)
+                residual = scaled_softmax(logits, normaliser, torch.ones_like(normaliser))
+                residual.scatter_(1, wanted, chance.expm1()[:, None].to(residual.dtype))
+                grad[part] = (residual @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
         return losses
 

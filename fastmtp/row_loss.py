@@ -1,11 +1,12 @@
-"""Cross-entropy of rows of logits and its gradient in their place: one Triton kernel, three passes over memory.
+"""What losses need of rows of logits, each in one pass over memory on a GPU: normaliser and argmax, then the softmax in place.
 
 In plain torch the same takes a float32 copy of the logits and about ten passes, which at a vocabulary of 150,000 costs
-as much as the product that made them. Needs a GPU and Triton, which torch brings along there.
+as much as the product that made them. Plain torch does it where there is no GPU.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 try:
@@ -16,41 +17,58 @@ except ImportError:  # torch without CUDA
 
 BLOCK = 8192
 
-
-def kernel_usable(x: Tensor) -> bool:
-    return triton is not None and x.is_cuda
-
-
 if triton is not None:
 
     @triton.jit
-    def _kernel(logits, targets, losses, stride, width: tl.constexpr, BLOCK: tl.constexpr):
+    def _normalise(logits, normalisers, best, stride, width: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        logits += row * stride
-        target = tl.load(targets + row)
         lanes = tl.arange(0, BLOCK)
         top = float("-inf")
         total = 0.0
-        wanted = 0.0
+        winner = 0
         for start in range(0, width, BLOCK):
             at = start + lanes
-            x = tl.load(logits + at, mask=at < width, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(top, tl.max(x, 0))
+            x = tl.load(logits + row * stride + at, mask=at < width, other=float("-inf")).to(tl.float32)
+            highest, where = tl.max(x, 0, return_indices=True)
+            winner = tl.where(highest > top, start + where, winner)
+            higher = tl.maximum(top, highest)
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
             top = higher
-            wanted += tl.sum(tl.where(at == target, x, 0.0), 0)
-        normaliser = top + tl.log(total)
-        tl.store(losses + row, normaliser - wanted)
-        for start in range(0, width, BLOCK):
-            at = start + lanes
-            x = tl.load(logits + at, mask=at < width, other=float("-inf")).to(tl.float32)
-            residual = tl.exp(x - normaliser) - tl.where(at == target, 1.0, 0.0)
-            tl.store(logits + at, residual.to(logits.dtype.element_ty), mask=at < width)
+        tl.store(normalisers + row, top + tl.log(total))
+        tl.store(best + row, winner.to(tl.int64))
+
+    @triton.jit
+    def _softmax(logits, normalisers, scales, stride, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < width
+        x = tl.load(logits + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+        y = tl.exp(x - tl.load(normalisers + row)) * tl.load(scales + row)
+        tl.store(logits + row * stride + at, y.to(logits.dtype.element_ty), mask=inside)
 
 
-def loss_and_residual(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
-    """losses[i] = cross-entropy of row i; `logits` [N, V] becomes softmax - one-hot, the gradient, in its own dtype.
+def on_kernels(logits: Tensor) -> bool:
+    return triton is not None and logits.is_cuda
 
-    logits: contiguous rows of any float type; targets: [N] int64; losses: [N] float32, written.
+
+def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp [N] float32, argmax [N] int64) of logits [N, V], rows contiguous."""
+    if not on_kernels(logits):
+        return logits.float().logsumexp(-1), logits.argmax(-1)
+    count, width = logits.shape
+    normalisers = torch.empty(count, dtype=torch.float32, device=logits.device)
+    best = torch.empty(count, dtype=torch.int64, device=logits.device)
+    _normalise[(count,)](logits, normalisers, best, logits.stride(0), width, BLOCK, num_warps=8)
+    return normalisers, best
+
+
+def scaled_softmax(logits: Tensor, normalisers: Tensor, scales: Tensor) -> Tensor:
+    """`logits` [N, V] overwritten with e^(logits - normaliser) * scale, row by row, in their own dtype.
+
+    normalisers, scales: [N] float32, contiguous.
     """
-    _kernel[(logits.shape[0],)](logits, targets, losses, logits.stride(0), logits.shape[1], BLOCK, num_warps=8)
+    if not on_kernels(logits):
+        return logits.copy_((logits.float() - normalisers[:, None]).exp_() * scales[:, None])
+    count, width = logits.shape
+    _softmax[(count, triton.cdiv(width, BLOCK))](logits, normalisers, scales, logits.stride(0), width, BLOCK, num_warps=8)
+    return logits

@@ -9,7 +9,7 @@ draft's:
     lk   w * KL + (1 - w) * TV, w = exp(-3 a), a = 1 - TV the acceptance rate of speculative sampling, w without
          gradient (arXiv 2602.23881): KL while the draft is poor, then what sampling at a temperature really pays
 
-Imports torch alone.
+Imports torch alone (and `row_loss`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .row_loss import normalise, scaled_softmax
 
 CHUNK_BYTES = 256 * 2**20
 GPU_CHUNKS = 8  # a GPU's products want some thousand rows
@@ -84,14 +86,15 @@ class _SoftCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if hidden.requires_grad else None
         for part in chunks(hidden, weight):
             logits = F.linear(hidden[part].to(weight.dtype), weight)
-            drafts[part] = logits.argmax(-1)
-            shares = logits.softmax(-1, dtype=torch.float32)
+            normaliser, drafts[part] = normalise(logits)
             wanted = ids[part]
-            p, q = with_tail(probs[part], 0.0), with_tail(shares.gather(1, wanted).clamp(min=TINY), TAIL)
+            shares = (logits.gather(1, wanted).float() - normaliser[:, None]).exp()
+            p, q = with_tail(probs[part], 0.0), with_tail(shares.clamp(min=TINY), TAIL)
             losses[part], slopes = divergence(p, q, lk)
             if grad is not None:
                 pulls = (q * slopes).to(weight.dtype)
-                residual = torch.mul(shares, slopes[:, -1:], out=logits)  # the tail's slope for all, then the top k's own
+                # the tail's slope for all, then the top k's own
+                residual = scaled_softmax(logits, normaliser, slopes[:, -1].contiguous())
                 residual.scatter_(1, wanted, pulls[:, : wanted.shape[1]])
                 grad[part] = (residual @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)

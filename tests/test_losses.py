@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from fastmtp import losses
+from fastmtp import losses, teacher
 from fastmtp.losses import IGNORE, cross_entropy, mtp_loss, step_targets, step_weights
 
 VOCAB = 97
@@ -24,7 +24,7 @@ def test_step_weights_decay_and_sum_to_one():
 @pytest.fixture(params=["whole", "chunks", "single rows"])
 def chunking(request, monkeypatch):
     rows = {"whole": 1000, "chunks": 5, "single rows": 0}[request.param]
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * VOCAB * rows)
+    monkeypatch.setattr(teacher, "CHUNK_BYTES", 4 * VOCAB * rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_chunked_cross_entropy_is_the_full_one(chunking, dtype):
 
 def test_cross_entropy_never_holds_all_logits(monkeypatch):
     """Peak of one product is the chunk's, whatever the number of rows."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(teacher, "CHUNK_BYTES", 4 * VOCAB * 8)
     largest = 0
     plain = F.linear
 

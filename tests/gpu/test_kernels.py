@@ -7,6 +7,7 @@ from tiny import tiny_model
 
 from fastmtp.losses import IGNORE, cross_entropy
 from fastmtp.recursion import chain_attention, visible
+from fastmtp.teacher import likeliest, soft_cross_entropy
 from fastmtp.varlen import documents, packed_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -60,6 +61,24 @@ def test_cross_entropy(dtype, vocabulary):
     share = 0.01 if dtype == torch.bfloat16 else 1e-3
     near(found, wanted.detach(), share)
     near(ours.grad, wide.grad, share)
+
+
+@pytest.mark.parametrize("lk", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_cross_entropy(dtype, lk):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(77, 64).to(dtype), torch.randn(49152, 64).to(dtype) * 0.3
+    teacher = torch.randn(77, 64).to(dtype) * 0.5 + hidden
+    ids, probs = likeliest(teacher.double(), weight.double(), 16, 1.0)
+    wide = hidden.double().requires_grad_()
+    wanted, drafts = soft_cross_entropy(wide, weight.double(), ids, probs.double(), lk)
+    wanted.sum().backward()
+    ours = hidden.cuda().requires_grad_()
+    found, picked = soft_cross_entropy(ours, weight.cuda(), ids.cuda(), probs.float().cuda(), lk)
+    found.sum().backward()
+    near(found, wanted.detach(), 0.02)
+    near(ours.grad, wide.grad, 0.02)
+    assert (picked.cpu() == drafts).float().mean() > 0.9  # bfloat16 has ties
 
 
 @pytest.mark.parametrize("compiled", [False, True])
