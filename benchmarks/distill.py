@@ -31,6 +31,7 @@ from fastmtp.journal import Journal
 from fastmtp.prompts import Chat
 
 HEAD = "| run | engines | in flight | prompts | output tokens | seconds | tokens/s | tokens/s, middle half |"
+WARM = 64  # prompts an engine that are not measured: its first ones compile kernels
 RULE = "|---|---:|---:|---:|---:|---:|---:|---:|"
 
 
@@ -144,7 +145,8 @@ def main() -> None:
         with engines(args.model, most, most * deepest, args.dtype, argv[cut + 1 :], out.parent / "logs") as urls:
             start_s = round(time.perf_counter() - begun, 1)
             print(f"{most} engines answer after {start_s} s\n\n{HEAD}\n{RULE}", flush=True)
-            measure("warm-up", urls, 64 * most, [todo.pop() for _ in range(min(len(todo), 64 * most))], args, journal, left())
+            warm, todo = todo[: WARM * most], todo[WARM * most :]
+            measure("warm-up", urls, WARM * most, warm, args, journal, left())
             for count, flight in combinations:
                 part, todo = todo[: own.rounds * flight], todo[own.rounds * flight :]
                 if part and left() > 10 and (row := measure("try", urls[:count], flight, part, args, journal, left())):

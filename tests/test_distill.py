@@ -1,6 +1,7 @@
 """The distiller against a stand-in server, engines that are stand-ins, and in this process: one good line a prompt,
 whatever fails, whenever it is killed."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from stand_in import StandIn, answer_ids
 
+from benchmarks import distill as benchmark
 from fastmtp import distill, distill_server, engines, generate, journal
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError
@@ -393,6 +395,33 @@ def test_engines_need_sglang_and_a_gpu(place, monkeypatch):
         run("--engines", "1")
     with pytest.raises(InputError, match="flags after --"):
         run("--", "--x")
+
+
+def test_the_benchmark_measures_combinations_and_keeps_every_answer(place, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def two(model, count, requests, dtype, flags, logs):
+        assert (count, requests, flags) == (2, 8, ["--x", "1"])
+        with StandIn() as one, StandIn() as other:
+            yield [one.url, other.url]
+
+    monkeypatch.setattr(benchmark, "engines", two)
+    monkeypatch.setattr(benchmark, "WARM", 4)
+    words = "--try 1x2 2x8 --rounds 2 --all --model model --prompts prompts.jsonl --max-new-tokens 64 --out out.jsonl -- --x 1"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/distill.py", *words.split()])
+    benchmark.main()
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row[:4]] for row in table[1:]]
+    assert cells[:3] == [["warm-up", "2", "8", "8"], ["try", "1", "2", "4"], ["try", "2", "8", "16"]]
+    assert len(cells) == 4 and (cells[3][0], cells[3][3]) == ("all", "2")
+    assert len(lines()) == len({row["key"] for row in lines()}) == 30
+    times = [(10.0 + n, 5) for n in range(8)]
+    assert benchmark.figures(times, 9.0) == {
+        "prompts": 8,
+        "output_tokens": 40,
+        "seconds": 8.0,
+        "tokens_per_s": 5,
+        "steady_tokens_per_s": 5,
+    }
 
 
 def test_retry_after_is_seconds_or_a_date():
