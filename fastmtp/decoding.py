@@ -185,7 +185,7 @@ def generate(
     def draft(state: Tensor, position: int) -> tuple[list[int], Tensor | None]:
         """K tokens from g at `position`; with a temperature also their distributions [K, V]."""
         if follower:
-            drafter.use(token_map.maps[follower.look(tokens[len(prompt_ids) :])])
+            drafter.use(follower.ids(follower.look(tokens[len(prompt_ids) :])))
         picked: list[Tensor] = []
         dists = []
         for step in range(num_steps):
@@ -334,6 +334,7 @@ def parser() -> Parser:
     p.add_argument("--token-map", help="draft only tokens of this map (.pt)")
     p.add_argument("--token-maps", metavar="EN=PATH,ZH=PATH", help="a map for each language; the draft follows the text's")
     p.add_argument("--vocab-policy", default=AUTO, metavar="auto|fixed:NAME|union", help="of --token-maps (default auto)")
+    p.add_argument("--context-rows", type=int, default=0, help="ids of the prompt that join the map (default 0)")
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="identity needs float32")
     p.add_argument("--device", default="cpu")
@@ -356,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.token_maps:
         if maps:
             raise InputError("--token-map and --token-maps: give one of them")
-        token_map = read(args.token_maps, args.vocab_policy, model.tokenizer, model.net.vocab_size)
+        token_map = read(args.token_maps, args.vocab_policy, model.tokenizer, model.net.vocab_size, args.context_rows)
         maps = list(parse_maps(args.token_maps).values())
     out = Path(args.out)
     config = files.settings(args)

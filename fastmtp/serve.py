@@ -125,7 +125,7 @@ def command(
     return [sys.executable, "-m", "sglang.launch_server", *without(parts, flags), *flags]
 
 
-def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> dict[str, str]:
+def vocab_environment(token_maps: str, policy: str, model: str, path: Path, context_rows: int = 0) -> dict[str, str]:
     """Write the draft vocabulary's file to `path`; the environment in which SGLang uses it (fastmtp.sglang_ext).
 
     Raises InputError for maps that do not fit the model, each other or the policy.
@@ -134,7 +134,7 @@ def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> d
     from fastmtp.build_vocab import load_tokenizer
 
     config = check_model(model, 1)
-    draft_vocab.read(token_maps, policy, load_tokenizer(model), config["vocab_size"]).save(path)
+    draft_vocab.read(token_maps, policy, load_tokenizer(model), config["vocab_size"], context_rows).save(path)
     return extension(path)
 
 
@@ -312,6 +312,9 @@ def parser() -> Parser:
     p.add_argument(
         "--vocab-policy", metavar="auto|fixed:NAME|union", help="which of --token-maps is used when (default auto)"
     )
+    p.add_argument(
+        "--context-rows", type=int, default=0, help="ids of the running prompts that join the active one of --token-maps (default 0)"
+    )
     p.add_argument("--no-spec", action="store_true", help="plain decoding, the baseline")
     p.add_argument("--tp", type=int, default=1, help="GPUs to split the model over (default %(default)s)")
     p.add_argument("--port", type=int, default=30000, help="default %(default)s")
@@ -329,13 +332,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--tp {args.tp}: must be at least 1")
     if args.token_maps and (args.token_map or args.no_spec):
         raise InputError(f"--token-maps with {'--token-map' if args.token_map else '--no-spec'}: give one of them")
-    if args.vocab_policy and not args.token_maps:
-        raise InputError("--vocab-policy: there are no --token-maps to choose from; give them or leave it out")
+    if (args.vocab_policy or args.context_rows) and not args.token_maps:
+        raise InputError("--vocab-policy and --context-rows: there are no --token-maps; give them or leave these out")
     line = command(args.model, 0 if args.no_spec else args.num_steps, args.token_map, args.tp, args.port, flags)
     log = Path(tempfile.gettempdir()) / f"fastmtp-serve-{args.port}.log"
     env = {}
     if args.token_maps:
-        env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, log.with_suffix(".vocab.pt"))
+        file = log.with_suffix(".vocab.pt")
+        env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, file, args.context_rows)
     shown = shlex.join([*(f"{name}={value}" for name, value in env.items()), *line])
     if args.dry_run:
         print(shown)

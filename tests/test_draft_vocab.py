@@ -137,8 +137,10 @@ def test_maps_from_files(tmp_path, tokenizer):
     both = read(f"en={en},zh={zh}", "union", tokenizer, size)
     assert both.maps["union"].tolist() == list(range(30)) and both.first() == "union"
     assert both.follow([1], "zh").name == "union"
-    own = read(f"en={en},zh={zh},mixed={en}", "fixed:en", tokenizer, size)
+    own = read(f"en={en},zh={zh},mixed={en}", "fixed:en", tokenizer, size, 7)
     assert own.maps["mixed"].tolist() == list(range(20)) and own.first() == "en"
+    own.save(tmp_path / "v.pt")
+    assert DraftVocab.load(tmp_path / "v.pt").context_rows == 7
     found.save(tmp_path / "v.pt")
     again = DraftVocab.load(tmp_path / "v.pt")
     assert again.policy == "auto" and all(torch.equal(again.maps[n], ids) for n, ids in found.maps.items())
@@ -218,6 +220,7 @@ def test_the_commands_take_maps(tmp_path, base_folder, capsys):
 def test_context_ids_are_the_last_ones_that_the_map_lacks():
     assert context_ids([5, 1, 9, 5, 8, 9, 2], torch.tensor([1, 2]), 2).tolist() == [9, 8]
     assert context_ids([5, 1, 9, 5, 8, 9, 2], torch.tensor([1, 2]), 9).tolist() == [9, 8, 5]
+    assert context_ids([2, 1], torch.tensor([1, 2]), 9).tolist() == []
 
 
 def test_with_context_a_map_is_as_good_as_one_that_holds_the_prompt(useful, two_languages):
@@ -228,5 +231,9 @@ def test_with_context_a_map_is_as_good_as_one_that_holds_the_prompt(useful, two_
         with_rows = measure_at(useful.model, [sample], [3], vocab=vocab, context_rows=32)[3]
         by_hand = measure_at(useful.model, [sample], [3], {"whole": whole})[3]
         assert pooled(with_rows, "auto+context").histogram == pooled(by_hand, "whole").histogram
+        vocab.context_rows = 32
+        decoded = generate(useful.model, sample["prompt_ids"], 40, 3, token_map=vocab)
+        assert decoded.ids == sample["output_ids"]
+        assert decoded.histogram == pooled(with_rows, "auto+context").histogram
     everything = measure_at(useful.model, samples, [3], vocab=vocab, context_rows=32)[3]
     assert pooled(everything, "auto+context").accept_length > pooled(everything, "auto").accept_length

@@ -16,19 +16,23 @@ class ActiveHead:
 
     With the head split over GPUs each rank keeps its own part of every map; ranks then gather full logits as always.
     Parts differ in length: short ones are filled up with rows whose result goes to a column that is cut off.
+    Behind the map `context_rows` rows are kept for other ids: `extend`.
     """
 
-    def __init__(self, head: Tensor, maps: dict[str, Tensor], start: int = 0):
-        self.head, width = head.detach(), head.shape[0]
+    def __init__(self, head: Tensor, maps: dict[str, Tensor], start: int = 0, context_rows: int = 0):
+        self.head, self.start, width = head.detach(), start, head.shape[0]
         parts = {name: ids[(ids >= start) & (ids < start + width)] - start for name, ids in maps.items()}
         rows = max(1, *map(len, parts.values()))
-        self.spare = any(len(part) < rows for part in parts.values())  # whether column `width` is needed
+        self.spare = context_rows > 0 or any(len(part) < rows for part in parts.values())  # is column `width` needed?
         self.columns_of = {
             name: torch.cat([part, part.new_full((rows - len(part),), width)]).to(head.device)
             for name, part in parts.items()
         }
-        self.columns = torch.zeros(rows, dtype=torch.int64, device=head.device)
-        self.weight = torch.empty(rows, head.shape[1], dtype=head.dtype, device=head.device)
+        self.rows, total = rows, rows + context_rows
+        if self.spare:
+            total = -(-total // 64) * 64  # products of odd sizes are slow
+        self.columns = torch.full((total,), width, dtype=torch.int64, device=head.device)
+        self.weight = torch.zeros(total, head.shape[1], dtype=head.dtype, device=head.device)
         self.active = ""
 
     @torch.no_grad()
@@ -36,16 +40,28 @@ class ActiveHead:
         """Make map `name` the active one; whether that was a change. Nothing waits for the GPU."""
         if name == self.active:
             return False
-        self.columns.copy_(self.columns_of[name])
+        self.columns[: self.rows].copy_(self.columns_of[name])
         self.active = name
-        self.refresh()
+        self._take(0, self.rows)
         return True
 
     @torch.no_grad()
+    def extend(self, ids: Tensor) -> None:
+        """Let these token ids [<= context_rows], on the host and none of them in the active map, join it."""
+        width = self.head.shape[0]
+        local = ids[(ids >= self.start) & (ids < self.start + width)] - self.start
+        local = torch.cat([local, local.new_full((len(self.columns) - self.rows - len(local),), width)])
+        self.columns[self.rows :].copy_(local, non_blocking=True)  # staged at once: it is small and not pinned
+        self._take(self.rows, len(self.columns))
+
     def refresh(self) -> None:
         """Take the active rows from the head again, after its weights changed."""
-        rows = self.columns.clamp(max=self.head.shape[0] - 1)
-        torch.index_select(self.head, 0, rows, out=self.weight)
+        self._take(0, len(self.columns))
+
+    @torch.no_grad()
+    def _take(self, begin: int, end: int) -> None:
+        rows = self.columns[begin:end].clamp(max=self.head.shape[0] - 1)
+        torch.index_select(self.head, 0, rows, out=self.weight[begin:end])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] -> [N, n] of the head's dtype: logits of the active map's ids, the dtype's least elsewhere."""

@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 
+import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.models.mimo_mtp import MiMoMTP as StockMiMoMTP
 from sglang.srt.runtime_context import get_parallel
@@ -52,13 +53,17 @@ class MiMoMTP(StockMiMoMTP):
         if get_parallel().attn_dp_size != 1:
             raise ValueError("--token-maps: not with DP attention, whose ranks run different requests on one head")
         self.vocab = DraftVocab.load(os.environ[VOCAB])
-        active = ActiveHead(head, self.vocab.maps, self.lm_head.shard_indices.org_vocab_start_index)
+        first = self.lm_head.shard_indices.org_vocab_start_index
+        active = ActiveHead(head, self.vocab.maps, first, self.vocab.context_rows)
+        self.joined: tuple = ()  # whose prompts' ids are in the context rows
+        self.extras = torch.empty(0, dtype=torch.int64)
         self.logits_processor.head = active
         self.record = Record(get_parallel().tp_rank == 0)
         active.activate(self.vocab.first())
         sizes = ", ".join(f"{name} {len(ids)}" for name, ids in self.vocab.maps.items())
         # Printed, for fastmtp.serve looks for this line, whatever the log level is.
-        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}; active {active.active}")
+        more = f", context rows {self.vocab.context_rows}" if self.vocab.context_rows else ""
+        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}{more}; active {active.active}")
         wrap_worker()
 
     def load_weights(self, weights):
@@ -68,7 +73,7 @@ class MiMoMTP(StockMiMoMTP):
 
     def follow(self, reqs) -> str:
         """Activate the map for these requests; its name."""
-        names = set()
+        names, followers = set(), []
         for req in reqs:
             follower = getattr(req, "fastmtp_follower", None)
             if follower is None:
@@ -76,9 +81,16 @@ class MiMoMTP(StockMiMoMTP):
                 asked = params.get(FIELD) if isinstance(params, dict) else None
                 follower = req.fastmtp_follower = self.vocab.follow(req.origin_input_ids, asked)
             names.add(follower.look(req.output_ids))
+            followers.append(follower)
         name = self.vocab.together(names)
         if self.logits_processor.head.activate(name):
             self.record.switched(name)
+        if self.vocab.context_rows and self.joined != (name, *followers):
+            self.joined = (name, *followers)
+            share = max(1, self.vocab.context_rows // len(followers))
+            ids = torch.cat([f.context(name)[:share] for f in followers]).unique()
+            self.extras = ids[: self.vocab.context_rows]
+            self.logits_processor.head.extend(self.extras)
         return name
 
 
@@ -141,7 +153,8 @@ def wrap_worker() -> None:
             if phase == "draft":
                 model.record.drew(name, len(reqs) * worker.speculative_num_steps)
             if checking:
-                check(model.vocab, reqs, name, result.draft_token if phase == "draft" else None)
+                allowed = name, {*model.vocab.maps[name].tolist(), *model.extras.tolist()}
+                check(reqs, allowed, result.draft_token if phase == "draft" else None)
             return result
 
         setattr(EagleDraftWorker, phase, run)
@@ -150,19 +163,18 @@ def wrap_worker() -> None:
         wrap(phase)
 
 
-def check(vocab: DraftVocab, reqs, name: str, drafts) -> None:
-    """AssertionError for a draft outside its map. drafts: [B * (K + 1)], each row the newest token and K drafts.
+def check(reqs, allowed: tuple[str, set[int]], drafts) -> None:
+    """AssertionError for a draft outside its map (name, ids). drafts: [B * (K + 1)], rows of the newest token and K drafts.
 
     A row's first draft came from the phase before, whose map is remembered with the request.
     """
     if drafts is None:
         for req in reqs:
-            req.fastmtp_first = name
+            req.fastmtp_first = allowed
         return
     for req, row in zip(reqs, drafts.view(len(reqs), -1).tolist(), strict=True):
-        used = [req.fastmtp_first] + [name] * (len(row) - 2)
-        for map_name, token in zip(used, row[1:], strict=True):
-            assert bool((vocab.maps[map_name] == token).any()), f"draft {token} is outside the map '{map_name}'"
+        for (name, ids), token in zip([req.fastmtp_first] + [allowed] * (len(row) - 2), row[1:], strict=True):
+            assert token in ids, f"draft {token} is outside the map '{name}'"
 
 
 EntryClass = MiMoMTP
