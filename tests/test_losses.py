@@ -173,9 +173,18 @@ def loss_and_gradients(net, batches):
     return loss, counts, {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("attention", ["paper", "exact"])
-def test_packed_is_padded_is_single(attention):
-    net = tiny_model(11, spread=0.15, mtp_attention=attention, mtp_num_steps=3)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(mtp_attention="paper"),
+        dict(mtp_attention="exact"),
+        dict(mtp_labels="argmax", mtp_prefix_floor=0.0),
+        dict(mtp_labels="kl", mtp_top_k=9, mtp_prefix_floor=0.2, mtp_mean="sequence"),
+    ],
+    ids=str,
+)
+def test_packed_is_padded_is_single(settings):
+    net = tiny_model(11, spread=0.15, mtp_num_steps=3, **settings)
     rows = documents()
     wanted_loss, wanted_steps, wanted = loss_and_gradients(net, single(rows))
     assert len(wanted) == 16 and all(g.abs().amax() > 0 for n, g in wanted.items() if "k_proj.bias" not in n)
