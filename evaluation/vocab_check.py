@@ -19,7 +19,7 @@ from tqdm import tqdm
 from evaluation import harness
 from evaluation.client import Server
 from evaluation.lossless import first_difference
-from evaluation.run import split_flags
+from evaluation.run import FLOAT32_ENVIRONMENT, FLOAT32_FLAGS, split_flags
 from evaluation.turn import BackendError
 from fastmtp import draft_vocab, serve
 from fastmtp.chat import prompt_ids
@@ -27,10 +27,9 @@ from fastmtp.cli import InputError, Parser, run
 from fastmtp.decoding import read_prompts
 from fastmtp.files import write_json, write_provenance
 
-FLAGS = ["--dtype", "float32", "--attention-backend", "triton", "--mem-fraction-static", "0.8", "--max-total-tokens", "32768"]
+FLAGS = ["--dtype", "float32", *FLOAT32_FLAGS, "--mem-fraction-static", "0.8", "--max-total-tokens", "32768"]
 FLAGS += ["--max-running-requests", "8", "--cuda-graph-max-bs-decode", "8", "--disable-prefill-cuda-graph"]
 FLAGS += ["--skip-server-warmup", "--grammar-backend", "none"]
-EXACT = {"TRITON_F32_DEFAULT": "ieee"}  # else attention multiplies float32 with ten bits
 UNKNOWN = "klingon"
 
 
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             serve.command(args.model, steps, None, args.tp, args.port + i, flags),
             args.port + i,
             out / f"{name}.log",
-            env=EXACT | (env if name == "dynamic" else {}),
+            env=FLOAT32_ENVIRONMENT | (env if name == "dynamic" else {}),
         )
         for i, (name, steps) in enumerate((("dynamic", args.num_steps), ("full", args.num_steps), ("plain", 0)))
     }
