@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from fastmtp import files
@@ -28,8 +29,23 @@ from fastmtp.chat import prompt_ids as chat_prompt_ids
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.draft_vocab import AUTO, DraftVocab, parse_maps, read
 from fastmtp.export import read_head
-from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM, attention_of
 from fastmtp.token_map import load_token_map
+
+ATTENTION = "fastmtp_decoding"  # transformers' name for the attention below
+
+
+def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> tuple[Tensor, None]:
+    """transformers' attention interface: as its `sdpa`, without the copies of keys and values that it makes for a mask.
+
+    query: [1, Hq, n, D]; key, value: [1, Hkv, T, D]; attention_mask: [n, T] bool, or None: causal. Returns [1, n, Hq, D].
+    """
+    causal = attention_mask is None and query.shape[2] > 1
+    context = F.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal, enable_gqa=True)
+    return context.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 
 
 @dataclass
@@ -173,10 +189,16 @@ def generate(
 
     def forward(ids: list[int], start: int, keep: int) -> tuple[Tensor, Tensor]:
         """Backbone over `ids` at positions start...: states [1, n, H], logits [keep, V] of the last rows."""
-        where = torch.arange(start, start + len(ids), device=device)[None]
-        states = net.model(
-            input_ids=torch.tensor([ids], device=device), position_ids=where, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        n = len(ids)
+        mask = torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start) if start and n > 1 else None
+        with attention_of(net.config, ATTENTION):
+            states = net.model(
+                input_ids=torch.tensor([ids], device=device),
+                attention_mask={"full_attention": mask},
+                position_ids=torch.arange(start, start + n, device=device)[None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         return states, net.lm_head(states[0, -keep:])
 
     def distribution(logits: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class TableNet:
         self.lm_head.requires_grad_(False)
         self.mix = torch.eye(size) + torch.randn(size, size, generator=generator) * 0.5  # the head: alike, not equal
         self.p = self.lm_head.weight.T.softmax(-1)
-        self.config = SimpleNamespace(num_key_value_heads=1)
+        self.config = SimpleNamespace(num_key_value_heads=1, _attn_implementation=None)
         attention = SimpleNamespace(head_dim=1)
         self.model = TableBackbone()
         self.head = SimpleNamespace(self_attn=attention, fuse=lambda h, e: e, qkv=self.qkv, finish=self.finish)
