@@ -143,7 +143,15 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         self.model = MiMoModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.recompute = False
         self.post_init()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """The head's steps are computed again in the backward pass. The frozen backbone keeps no graph to save."""
+        self.recompute = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.recompute = False
 
     @property
     def head(self) -> MiMoMTPLayer:
@@ -185,6 +193,8 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         positions, segments = layout(input_ids.shape, input_ids.device, attention_mask, position_ids)
         with torch.no_grad() if frozen else nullcontext():
             embeds = self.model.embed_tokens(input_ids)
+            if frozen:  # gradient checkpointing's hook asks for a gradient that nobody needs
+                embeds = embeds.detach()
             where = None
             if flash_usable(embeds) and not self.model.has_sliding_layers:
                 where = documents(segments)
@@ -211,6 +221,7 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
             num_steps if num_steps is not None else self.config.mtp_num_steps,
             attention or self.config.mtp_attention,
             where,
+            recompute=self.recompute and self.training,
         )
         return hidden, states, segments
 

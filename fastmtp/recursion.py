@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .varlen import Documents, packed_attention
 
@@ -114,12 +115,14 @@ def recurse(
     num_steps: int,
     attention: str,
     where: Documents | None = None,
+    recompute: bool = False,
 ) -> list[Tensor]:
     """Run K steps for every anchor at once; returns [g^1, ..., g^K], each [B, T, H] (after the final norm).
 
     hidden: [B, T, H] backbone output after its final norm; embeds: [B, T, H] token embeddings of x;
     rope: positions [B, T] -> (cos, sin), each [B, T, D]; positions, segments: see `layout`; where: the documents in
-    `segments`, if the flash kernels shall be used (varlen.flash_usable).
+    `segments`, if the flash kernels shall be used (varlen.flash_usable); recompute: keep of each step only what attention
+    takes and gives, and compute the rest again in the backward pass (less memory, about 5 % more time at 7B).
     g^k_p is meaningful only where p..p+k lie in one document. Raises ValueError on an unknown mode or K < 1.
     """
     if attention not in ATTENTIONS:
@@ -134,8 +137,8 @@ def recurse(
     for step in range(1, num_steps + 1):
         at = positions + (step - 1)
         # engines zero the embedding at position 0 (h_0 with x_1), and only there
-        fused = head.fuse(state, shift(embeds, step) * (at != 0)[..., None].to(embeds.dtype))
-        q, k, v = head.qkv(fused, *rope(at))
+        tokens = shift(embeds, step) * (at != 0)[..., None].to(embeds.dtype)
+        fused, q, k, v = maybe_again(recompute, _enter, head, state, tokens, *rope(at))
         if step == 1 or attention == "paper":
             first, chain = (k, v), []
         else:
@@ -146,6 +149,16 @@ def recurse(
             context = chain_attention(q, *first, chain, mask)
         else:
             context = causal_attention(q, *first, mask)
-        state = head.finish(fused, context)
+        state = maybe_again(recompute, head.finish, fused, context)
         outputs.append(state)
     return outputs
+
+
+def _enter(head: Head, state: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    fused = head.fuse(state, tokens)
+    return fused, *head.qkv(fused, cos, sin)
+
+
+def maybe_again(recompute: bool, function: Callable, *inputs):
+    """`function(*inputs)`; with `recompute` its intermediate results are not kept for the backward pass."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)

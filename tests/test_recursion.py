@@ -198,3 +198,21 @@ def test_bad_settings_are_refused(ids):
     for steps in (0, -1):
         with pytest.raises(ValueError, match="num_steps"):
             net.mtp_states(ids, num_steps=steps)
+
+
+@pytest.mark.parametrize("attention", ["paper", "exact"])
+def test_recomputing_a_step_changes_no_gradient(ids, attention):
+    net = tiny_model().train()
+    net.requires_grad_(False)
+    net.head.requires_grad_(True)
+    labels = ids.clone()
+    found = []
+    for recompute in (False, True):
+        net.zero_grad()
+        if recompute:
+            net.gradient_checkpointing_enable()
+        net.config.mtp_attention = attention
+        net(input_ids=ids, labels=labels).loss.backward()
+        found.append([p.grad.clone() for p in net.head.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert any(g.abs().sum() > 0 for g in found[0])
