@@ -160,7 +160,7 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
     def compile_layers(self) -> None:
         """torch.compile each backbone layer and the head's three parts, for any number of tokens.
 
-        Attention over documents is left to its kernel. Costs most of a minute, once a machine; pays at 7B.
+        Attention over documents is left to its kernel. Costs most of a minute, once a machine.
         """
         for layer in self.model.layers:
             layer.compile(dynamic=True)

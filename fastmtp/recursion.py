@@ -122,7 +122,7 @@ def recurse(
     hidden: [B, T, H] backbone output after its final norm; embeds: [B, T, H] token embeddings of x;
     rope: positions [B, T] -> (cos, sin), each [B, T, D]; positions, segments: see `layout`; where: the documents in
     `segments`, if the flash kernels shall be used (varlen.flash_usable); recompute: keep of each step only what attention
-    takes and gives, and compute the rest again in the backward pass (less memory, about 5 % more time at 7B).
+    takes and gives, and compute the rest again in the backward pass (half the memory, a tenth more time at 7B).
     g^k_p is meaningful only where p..p+k lie in one document. Raises ValueError on an unknown mode or K < 1.
     """
     if attention not in ATTENTIONS:

@@ -2,7 +2,7 @@
 
 A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (modeling_mimo.MiMoConfig's mtp_*). With
 `mtp_eval_data`, held-out samples of which `mtp_eval_limit` are used, tau is measured at every checkpoint, and the link
-`best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers (pays at 7B). Overrides are flags of the same names. An unknown key is an error.
+`best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers. Overrides are flags of the same names. An unknown key is an error.
 
     python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5
     NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml --resume_from_checkpoint runs/mimo7b_k3/last-checkpoint

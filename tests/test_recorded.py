@@ -39,7 +39,7 @@ def differences(ours, theirs, place=""):
 
 async def ask(url):
     """What the client sends, and the raw lines that come back."""
-    sent = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 40}, "stream": True}
+    sent = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 4}, "stream": True}  # ends by length, as recorded
     chat = {"model": "default", "messages": [], "stream": True}
     async with client.Server(url) as server:
         found = {"model_info": await server._json("/model_info"), "server_info": await server._json("/server_info")}
