@@ -1,10 +1,6 @@
 """The builder against counts made by hand, on a small byte-level BPE tokenizer trained here."""
 
-import gzip
 import json
-import os
-import subprocess
-import sys
 from collections import Counter as Tally
 from pathlib import Path
 
@@ -13,55 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_vocab import CHINESE, ENGLISH, command, leftovers, run, small_tokenizer, write
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastmtp import corpus, token_counts
-from fastmtp.build_vocab import coverage, forced_ids, main, pick, rank, union_rank
+from fastmtp.build_vocab import coverage, forced_ids, pick, rank, union_rank
 from fastmtp.chat import IGNORE, encode_chat
 from fastmtp.cli import InputError
 from fastmtp.token_counts import COUNTED, HELD_OUT, Counter, Counts
 from fastmtp.token_map import load_token_map
 
-ENGLISH = ["The cat sat on the mat.", "A dog ran after the cat; the cat ran away.", "Numbers: 1 2 3, and more words."]
-CHINESE = ["今天天气很好，我们去公园。", "猫坐在垫子上，狗在追猫。", "数学是研究数量的学科。"]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> str:
-    """A model folder's tokenizer: 256 bytes, some 120 merges, three special tokens and one added plain one."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=380,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator(ENGLISH * 4 + CHINESE * 4, trainer)
-    bpe.add_tokens([AddedToken("<think>", normalized=False)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = TEMPLATE
-    path = tmp_path_factory.mktemp("model")
-    tokenizer.save_pretrained(path)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300]}))
-    return str(path)
+    return small_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(folder):
     return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def write(path: Path, rows: list) -> str:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as out:
-        out.writelines((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
-    return str(path)
 
 
 def count(tokenizer, paths: list[str], column=None, lang="en", held_out=0.0, seed=0, skip_bad=False) -> Counts:
@@ -74,14 +41,6 @@ def count(tokenizer, paths: list[str], column=None, lang="en", held_out=0.0, see
 def tally(counts: Counts, lang: str = "en") -> dict[int, int]:
     table = counts.tables[lang].sum(0)
     return {int(i): int(table[i]) for i in np.flatnonzero(table)}
-
-
-def run(folder: str, *args, out: Path, sizes: str = "300,350") -> None:
-    main(["--tokenizer", folder, "--sizes", sizes, "--out", str(out), *map(str, args)])
-
-
-def leftovers(path: Path) -> list[str]:
-    return [p.name for p in path.rglob("*")] if path.exists() else []
 
 
 # Counting
@@ -298,24 +257,6 @@ def test_filled_ids_are_told(folder, tmp_path):
     assert info["ids_not_in_corpus"] == 300 - info["ids_forced"] and info["coverage_of_held_out"] == {"en": None}
 
 
-def command(folder: str, *args, out: Path, **kwargs) -> subprocess.Popen:
-    here = Path(__file__).resolve().parent.parent
-    line = [
-        sys.executable,
-        "-m",
-        "fastmtp.build_vocab",
-        "--tokenizer",
-        folder,
-        "--out",
-        out,
-        "--sizes",
-        "300,350",
-        *args,
-    ]
-    env = {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(list(map(str, line)), env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def test_one_and_two_workers_give_the_same_files(folder, mixed, tmp_path):
     options = ("--input", mixed, "--column", "response", "--lang", "auto")
     both = [command(folder, *options, "--workers", n, out=tmp_path / str(n)) for n in (1, 2)]
@@ -377,113 +318,3 @@ def test_a_count_is_continued_only_when_asked_and_by_the_same_rules(
     assert "continuing" not in capsys.readouterr().err
     run(folder, *options, *change, out=tmp_path / "whole")
     assert (tmp_path / "whole" / "en_300.pt").read_bytes() == (tmp_path / "o" / "en_300.pt").read_bytes()
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    "rows, options, message",
-    [
-        ([], (), "nothing to count"),
-        ([""], (), "nothing to count"),
-        ([{"text": "a"}, "{broken", {"text": "b"}], (), r"x\.jsonl:2: not JSON"),
-        ([{"text": "a"}, "[1]"], (), r"x\.jsonl:2: expected a JSON object"),
-        ([{"text": "a"}, r'{"text": "\ud800"}'], (), r"x\.jsonl:2: text that is not valid"),
-        ([{"text": 5}], (), r"x\.jsonl:1: 'text' is neither"),
-        ([{"a": "b"}], (), r"x\.jsonl:1: no messages, output_ids or text.*--column.*columns: a"),
-        ([{"a": "b"}], ("--column", "c"), r"x\.jsonl:1: no column 'c'.*columns: a"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], (), r"x\.jsonl:1: the chat has no assistant turn"),
-        ([{"messages": [{"role": "assistant", "content": None}]}], (), r"x\.jsonl:1: an assistant turn has neither"),
-        ([{"messages": [{"content": "a"}]}], (), r"x\.jsonl:1: a message without a role"),
-        ([{"output_ids": [5, 381]}], (), r"x\.jsonl:1: token id 381 is not the tokenizer's"),
-        ([{"output_ids": [-1]}], ("--on-error", "skip"), r"x\.jsonl:1: token id -1 is not the tokenizer's"),
-        ([{"output_ids": [5], "messages": [{"role": "assistant", "content": "no"}]}], (), "do not spell the text"),
-        (
-            [{"output_ids": [5], "messages": [{"role": "assistant", "content": "no"}]}],
-            ("--column", "output_ids"),
-            "do not spell the text",
-        ),
-        ([{"text": "a"}], ("--lang", "zh,en"), "no text in 'zh'"),
-        ([{"text": "a"}], ("--lang", "en,fr"), "'fr' cannot be told"),
-        ([{"text": "a"}], ("--lang", "e n"), "lang 'e n'"),
-        ([{"text": "a"}], ("--sizes", "8k"), "8192 is more than the tokenizer's 381 ids"),
-        ([{"text": "a"}], ("--sizes", "100"), "100 is less than the 261 special and byte tokens"),
-        ([{"text": "a"}], ("--sizes", "many"), "size 'many'"),
-        ([{"text": "a"}], ("--held-out", "1"), "--held-out"),
-        ([{"text": "a"}], ("--workers", "0"), "--workers"),
-        ([{"text": "a"}], ("--compare", "nosuch.pt"), "nosuch.pt: no such token map"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, rows, options, message):
-    path = write(tmp_path / "x.jsonl", rows)
-    with pytest.raises(InputError, match=message) as error:
-        run(folder, "--input", path, "--held-out", "0", *options, out=tmp_path / "o")
-    assert "\n" not in str(error.value) and not leftovers(tmp_path / "o")
-
-
-@pytest.mark.parametrize(
-    "name, content", [("x.jsonl.gz", b"no gzip"), ("x.parquet", b"no parquet"), ("x.txt.gz", b"no")]
-)
-def test_damaged_files(folder, tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=name):
-        run(folder, "--input", tmp_path / name, out=tmp_path / "o")
-    assert not leftovers(tmp_path / "o")
-
-
-def test_a_cut_gzip_file(folder, mixed, tmp_path):
-    whole = Path(mixed).read_bytes()
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cut.jsonl.gz: damaged or cut off"):
-        run(folder, "--input", tmp_path / "cut.jsonl.gz", "--column", "response", out=tmp_path / "o")
-
-
-def test_a_parquet_column_that_does_not_exist(folder, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "b"}]), tmp_path / "x.parquet")
-    for column in (("--column", "c"), ()):
-        with pytest.raises(InputError, match=r"x.parquet: no .*columns: a"):
-            run(folder, "--input", tmp_path / "x.parquet", *column, out=tmp_path / "o")
-
-
-@pytest.mark.parametrize("name", ["nosuch.jsonl", "*.nosuch", "x.csv"])
-def test_missing_and_unknown_files(folder, tmp_path, name):
-    (tmp_path / "x.csv").write_text("a")
-    with pytest.raises(InputError, match="no such file|unknown kind"):
-        run(folder, "--input", tmp_path / name, out=tmp_path / "o")
-
-
-def test_no_tokenizer(tmp_path):
-    path = write(tmp_path / "x.jsonl", [{"text": "a"}])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no tokenizer"):
-        run(str(tmp_path / "empty"), "--input", path, out=tmp_path / "o")
-
-
-def test_skipping_broken_rows_counts_and_names_them(folder, tokenizer, tmp_path, capsys):
-    good = [{"text": t} for t in ENGLISH]
-    path = write(tmp_path / "x.jsonl", [good[0], "{broken", good[1], {"other": "x"}, good[2]])
-    skip = ("--on-error", "skip", "--held-out", "0")
-    run(folder, "--input", path, "--lang", "en", *skip, out=tmp_path / "o")
-    printed = capsys.readouterr().out
-    assert "2 broken rows skipped" in printed and "x.jsonl:2" in printed
-    run(folder, "--input", write(tmp_path / "y.jsonl", good), "--lang", "en", *skip, out=tmp_path / "p")
-    assert (tmp_path / "o" / "en_300.pt").read_bytes() == (tmp_path / "p" / "en_300.pt").read_bytes()
-
-
-def test_text_that_is_not_utf8(folder, tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"fine\n\n\xff\xfe\n")
-    with pytest.raises(InputError, match=r"x.txt:3: text that is not valid UTF-8"):
-        run(folder, "--input", tmp_path / "x.txt", out=tmp_path / "o")
-    run(folder, "--input", tmp_path / "x.txt", "--on-error", "skip", "--held-out", "0", out=tmp_path / "o")
-
-
-def test_exit_code_and_one_line_on_stderr(folder, tmp_path):
-    path = write(tmp_path / "x.jsonl", ["{broken"])
-    process = command(folder, "--input", path, out=tmp_path / "o")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "x.jsonl:1: not JSON" in err
-    assert not leftovers(tmp_path / "o")
