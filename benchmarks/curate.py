@@ -25,7 +25,7 @@ import psutil
 
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.files import read_jsonl, write_jsonl
-from fastmtp.lang import detect_language
+from fastmtp.lang import detect
 
 # A word, a Chinese character or a stretch of white space; only white space is never edited.
 UNIT = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+|\s+")
@@ -60,7 +60,7 @@ def sample(name: str, source: str, prompt: str, answer: str) -> dict:
     return {
         "id": name,
         "source": source,
-        "lang": detect_language(prompt),
+        "lang": detect(prompt),
         "messages": [
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": answer, "token_ids": ids},
