@@ -363,7 +363,7 @@ def whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part]
     except ValueError:
-        raise InputError(f"'{text}' is no list of whole numbers such as 1,3,5") from None
+        raise InputError(f"--at {text}: no list of whole numbers such as 1,3,5") from None
 
 
 if __name__ == "__main__":

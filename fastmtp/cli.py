@@ -57,6 +57,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if error.filename is None:
+            raise
+        path = error.filename2 or error.filename  # of a rename, where it should go
+        print(f"{name}: error: {path}: cannot be used ({error.strerror}); give another path", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues where this one stopped", file=sys.stderr)
         raise SystemExit(1) from None

@@ -69,8 +69,12 @@ class Generation:
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Model:
-    """Load a MiMo-layout folder, head included. Raises InputError for a missing folder or a missing head."""
+    """Load a MiMo-layout folder, head included. Raises InputError for a missing folder, head or device."""
     folder = files.existing(folder, "model folder")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # a name that is none, a GPU that is not there, PyTorch's CPU build
+        raise InputError(f"--device {device}: PyTorch cannot use it on this machine; give cpu, or cuda where there is a GPU") from None
     # the folder's type is qwen2, for engines; and our one line on an error is not to drown in the library's report
     config = MiMoConfig.from_dict({**files.read_json(folder / "config.json"), "model_type": MiMoConfig.model_type})
     logging.set_verbosity_error()

@@ -154,6 +154,9 @@ def check(args, flags: list[str]) -> None:
             import aiohttp  # noqa: F401
         except ImportError:
             raise InputError("--server and --engines need aiohttp; pip install -e '.[serve]'") from None
+    for url in args.server or []:
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"--server {url}: not a URL; give one such as http://127.0.0.1:30000")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

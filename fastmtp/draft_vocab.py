@@ -107,7 +107,6 @@ class Follower:
                 self.name = self.vocab.named(lang)
         return self.name
 
-
     def context(self, name: str) -> Tensor:
         """The prompt's ids that map `name` lacks (`context_ids`); kept, as a request is asked for them at every cycle."""
         if name not in self.contexts:
@@ -170,8 +169,7 @@ def read(text: str, policy: str, tokenizer, vocab_size: int, context_rows: int =
     paths = parse_maps(text)
     maps = {}
     for name, path in paths.items():
-        maps[name] = load_token_map(path, vocab_size)
-        check_tokenizer(path, tokenizer)
+        maps[name] = load_map(path, tokenizer, vocab_size)
     langs = {name: ids for name, ids in maps.items() if name != MIXED}
     if policy == UNION:
         maps = {UNION: torch.cat(list(langs.values())).unique()}
@@ -187,6 +185,13 @@ def read(text: str, policy: str, tokenizer, vocab_size: int, context_rows: int =
     if context_rows < 0:
         raise InputError(f"--context-rows {context_rows}: must be 0 (none) or more")
     return DraftVocab(maps, policy, build(tokenizer), context_rows)
+
+
+def load_map(path: str | Path, tokenizer, vocab_size: int) -> Tensor:
+    """One map for a model's tokenizer and output rows: [K] int64. Raises InputError for any other file."""
+    ids = load_token_map(path, vocab_size)
+    check_tokenizer(path, tokenizer)
+    return ids
 
 
 def check_tokenizer(path: str | Path, tokenizer) -> None:

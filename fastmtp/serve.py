@@ -125,6 +125,14 @@ def command(
     return [sys.executable, "-m", "sglang.launch_server", *without(parts, flags), *flags]
 
 
+def check_token_map(path: str, model: str) -> None:
+    """InputError for a map of another tokenizer, or a file that is no map: SGLang would draft wrong tokens or crash."""
+    from fastmtp import draft_vocab
+    from fastmtp.build_vocab import load_tokenizer
+
+    draft_vocab.load_map(path, load_tokenizer(model), check_model(model, 1)["vocab_size"])
+
+
 def vocab_environment(token_maps: str, policy: str, model: str, path: Path, context_rows: int = 0) -> dict[str, str]:
     """Write the draft vocabulary's file to `path`; the environment in which SGLang uses it (fastmtp.sglang_ext).
 
@@ -334,9 +342,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--token-maps with {'--token-map' if args.token_map else '--no-spec'}: give one of them")
     if (args.vocab_policy or args.context_rows) and not args.token_maps:
         raise InputError("--vocab-policy and --context-rows: there are no --token-maps; give them or leave these out")
+    if not 1 <= args.port <= 65535:
+        raise InputError(f"--port {args.port}: must be 1 to 65535")
     line = command(args.model, 0 if args.no_spec else args.num_steps, args.token_map, args.tp, args.port, flags)
     log = Path(tempfile.gettempdir()) / f"fastmtp-serve-{args.port}.log"
     env = {}
+    if args.token_map:
+        check_token_map(args.token_map, args.model)
     if args.token_maps:
         file = log.with_suffix(".vocab.pt")
         env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, file, args.context_rows)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -76,15 +77,21 @@ MEASURING = "--model model --data samples.jsonl --out out.json"
         ("decoding", f"{GENERATING} --token-map none.pt", ["none.pt"]),
         ("decoding", f"{GENERATING} --frobnicate 1", ["--frobnicate", "--help"]),
         ("decoding", "--model model", ["--prompts"]),
+        ("decoding", f"{GENERATING} --device nosuch", ["--device nosuch", "cpu"]),
+        ("decoding", f"{GENERATING} --device cuda:99", ["--device cuda:99", "cpu"]),
         ("distill", f"{GENERATING} --prompts none.jsonl", ["none.jsonl"]),
         ("distill", f"{GENERATING} --prompts broken.jsonl", ["broken.jsonl:2"]),
         ("distill", f"{GENERATING} --max-new-tokens 0", ["--max-new-tokens"]),
         ("distill", f"{GENERATING} --temperature -1", ["--temperature"]),
         ("distill", f"{GENERATING} --frobnicate", ["--frobnicate"]),
+        ("distill", f"{GENERATING} --server 127.0.0.1:30000", ["--server 127.0.0.1:30000", "http://"]),
+        ("distill", f"{GENERATING} --out headless", ["headless", "Is a directory", "another path"]),
+        ("distill", f"{GENERATING} --out prompts.jsonl/out.jsonl", ["prompts.jsonl", "another path"]),
         ("acceptance", f"{MEASURING} --data none.jsonl", ["none.jsonl"]),
         ("acceptance", f"{MEASURING} --data broken.jsonl", ["broken.jsonl:2"]),
         ("acceptance", f"{MEASURING} --data prompts.jsonl", ["prompts.jsonl:1", "prompt_ids"]),
         ("acceptance", f"{MEASURING} --num-steps 0", ["--num-steps", "0"]),
+        ("acceptance", f"{MEASURING} --at x", ["--at x", "1,3,5"]),
         ("acceptance", f"{MEASURING} --token-map outside.pt", ["outside.pt", "99999"]),
         ("acceptance", f"{MEASURING} --head headless", ["headless", "final_layernorm"]),
         ("acceptance", f"{MEASURING} --head none", ["none"]),
@@ -93,6 +100,9 @@ MEASURING = "--model model --data samples.jsonl --out out.json"
         ("export", "--base none --head model --out new", ["none"]),
         ("export", "--base model --head model --out model", ["model", "new folder"]),
         ("export", "--base model --head model", ["--out"]),
+        ("serve", "--model model --dry-run --token-map outside.pt", ["outside.pt", "99999"]),
+        ("serve", "--model model --dry-run --token-map prompts.jsonl", ["prompts.jsonl", "not a token map"]),
+        ("serve", "--model model --dry-run --port 99999", ["--port 99999", "65535"]),
         ("prepare_model", "--model ./none --out new", ["none", "check the path"]),
         ("prepare_model", "--model none.gguf --out new", ["none.gguf"]),
         ("prepare_model", "--model headless --out new", ["headless", "mtp_layers"]),
@@ -207,3 +217,11 @@ def test_prompts_have_their_own_ids_and_a_limit_of_at_least_one(tmp_path):
         read_prompts(path)
     with pytest.raises(InputError, match="--limit"):
         read_prompts(path, limit=0)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_show_their_help(path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert end.value.code == 0 and "example:" in capsys.readouterr().out
