@@ -10,7 +10,7 @@ import torch
 from stand_in import TRACE, StandIn, free_port
 
 from evaluation import shapes, speed_model, trace
-from evaluation.speed_model import Point, Variant
+from evaluation.points import Point, Variant, command, parse_variants, points, vocabulary
 from evaluation.turn import BackendError, Turn
 from fastmtp import serve
 from fastmtp.cli import InputError
@@ -71,10 +71,10 @@ def test_measured_rates_come_from_the_longest_arms_pooled_by_passes(tmp_path):
 
 
 def test_points():
-    found = speed_model.points(MIMO, "1,3", "full,32k", shapes.PAPER, [Variant()])
+    found = points(MIMO, "1,3", "full,32k", shapes.PAPER, [Variant()])
     assert [p.name for p in found] == ["baseline", "k1-full", "k3-full", "k1-32k", "k3-32k"]
     assert found[4].head_rows == 32768 and found[4].tau == pytest.approx(2.66)
-    assert speed_model.points(MIMO, "1", "en_8k", shapes.PAPER, [Variant()])[1].head_rows == 8192
+    assert points(MIMO, "1", "en_8k", shapes.PAPER, [Variant()])[1].head_rows == 8192
     assert found[0].environment() == {}
     assert found[4].environment() == {
         "SGLANG_SIMULATE_ACC_LEN": "2.6600",
@@ -87,14 +87,14 @@ def test_points():
         ("1", "999k", "larger than the vocab"),
     ):
         with pytest.raises(InputError, match=message):
-            speed_model.points(MIMO, steps, maps, shapes.PAPER, [Variant()])
+            points(MIMO, steps, maps, shapes.PAPER, [Variant()])
 
 
 def test_the_command_line_of_a_point(tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "attention_backend", lambda: "triton")
     folder = tmp_path / "model"
     shapes.write_folder(MIMO, folder)
-    line = speed_model.command(Point(3, "8k", 8192, 2.66), folder, 31000, ["--attention-backend", "fa3"])
+    line = command(Point(3, "8k", 8192, 2.66), folder, 31000, ["--attention-backend", "fa3"])
     for flag, value in (
         ("--load-format", "dummy"),
         ("--attention-backend", "fa3"),
@@ -106,7 +106,7 @@ def test_the_command_line_of_a_point(tmp_path, monkeypatch):
     assert "--skip-tokenizer-init" in line
     ids = torch.load(line[line.index("--speculative-token-map") + 1], weights_only=True)
     assert ids.dtype == torch.int64 and len(ids) == 8192
-    plain = speed_model.command(Point(0, None, 151680, 1.0), folder, 31000, [])
+    plain = command(Point(0, None, 151680, 1.0), folder, 31000, [])
     assert not [part for part in plain if "speculative" in part]
 
 
@@ -187,7 +187,7 @@ def test_plain_decoding_and_cycles_of_two_graphs_are_named_for_what_they_are():
 
 
 def test_variants():
-    first, second = speed_model.parse_variants(
+    first, second = parse_variants(
         [
             "fa3=--attention-backend fa3 --speculative-draft-attention-backend triton",
             "lt=A=1 B='x y' --cuda-graph-max-bs=2",
@@ -195,8 +195,8 @@ def test_variants():
     )
     assert first.flags[-1] == "triton" and first.plain_flags() == ["--attention-backend", "fa3"]
     assert second.environment == {"A": "1", "B": "x y"} and second.flags == ("--cuda-graph-max-bs-decode=2",)
-    assert speed_model.parse_variants(["stock="]) == [Variant("stock")]
-    found = speed_model.points(MIMO, "3", "32k", shapes.PAPER, [first, second], repeat=True)
+    assert parse_variants(["stock="]) == [Variant("stock")]
+    found = points(MIMO, "3", "32k", shapes.PAPER, [first, second], repeat=True)
     assert [p.name for p in found] == [
         "fa3.baseline", "fa3.k3-32k", "fa3.baseline-repeat", "lt.baseline", "lt.k3-32k", "lt.baseline-repeat"
     ]  # fmt: skip
@@ -207,15 +207,15 @@ def test_variants():
         ("x=fa3 --attention-backend", "only VARIABLE=VALUE"),
     ):
         with pytest.raises(InputError, match=message):
-            speed_model.parse_variants([item])
-    both = [*speed_model.parse_variants(["a=", "b:a=X=1"])]
-    assert [p.name for p in speed_model.points(MIMO, "3", "full", shapes.PAPER, both, True)] == [
+            parse_variants([item])
+    both = [*parse_variants(["a=", "b:a=X=1"])]
+    assert [p.name for p in points(MIMO, "3", "full", shapes.PAPER, both, True)] == [
         "a.baseline", "a.k3-full", "a.baseline-repeat", "b.k3-full"
     ]  # fmt: skip
     with pytest.raises(InputError, match="no variant b with plain decoding of its own"):
-        speed_model.parse_variants(["a=", "c:b="])
+        parse_variants(["a=", "c:b="])
     with pytest.raises(InputError, match="named twice"):
-        speed_model.parse_variants(["a=", "a="])
+        parse_variants(["a=", "a="])
 
 
 @pytest.fixture
@@ -280,11 +280,11 @@ def test_a_map_through_our_own_draft_model_is_not_given_to_sglang_as_well(tmp_pa
     monkeypatch.setattr(serve, "attention_backend", lambda: "triton")
     folder = tmp_path / "model"
     shapes.write_folder(shapes.SHAPES["tiny"], folder)
-    variants = speed_model.parse_variants(["own=SGLANG_EXTERNAL_MODEL_PACKAGE=fastmtp.sglang_ext"])
-    plain, full, mapped = speed_model.points(shapes.SHAPES["tiny"], "3", "full,8k", shapes.PAPER, variants)
+    variants = parse_variants(["own=SGLANG_EXTERNAL_MODEL_PACKAGE=fastmtp.sglang_ext"])
+    plain, full, mapped = points(shapes.SHAPES["tiny"], "3", "full,8k", shapes.PAPER, variants)
     assert not any("SGLANG_EXTERNAL_MODEL_PACKAGE" in p.environment() for p in (plain, full))
-    assert "--speculative-token-map" not in speed_model.command(mapped, folder, 31000, [])
-    environment = speed_model.vocabulary(mapped, folder)
+    assert "--speculative-token-map" not in command(mapped, folder, 31000, [])
+    environment = vocabulary(mapped, folder)
     assert environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] == "fastmtp.sglang_ext"
     vocab = DraftVocab.load(environment["FASTMTP_DRAFT_VOCAB"])
     assert len(vocab.maps[vocab.follow([1, 2, 3]).look([5] * 40)]) == 8192
