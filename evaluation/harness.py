@@ -22,7 +22,7 @@ from evaluation.client import Server
 from evaluation.questions import Task, digest, load_questions, question_keys
 from evaluation.turn import BackendError, Turn
 from fastmtp.chat import prompt_ids
-from fastmtp.cli import InputError, Parser
+from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.files import provenance, read_jsonl, write_jsonl
 
 WARM_UP_TOKENS = 32
@@ -205,9 +205,7 @@ def parser(task: Task) -> Parser:
 
 def check_counts(args) -> None:
     """Positive counts, or InputError."""
-    for name in ("num_questions", "max_gen_length", "parallel"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    at_least(args, 1, "num_questions", "max_gen_length", "parallel")
     if args.temperature < 0:
         raise InputError(f"--temperature {args.temperature}: must not be negative")
 

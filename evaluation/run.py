@@ -27,7 +27,7 @@ from evaluation.reference import Reference
 from evaluation.tasks import parse_tasks, question_file
 from evaluation.turn import BackendError
 from fastmtp import serve
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.files import atomic, existing, write_json, write_jsonl, write_provenance
 
 PROMPT_ROOM = 8192  # tokens of a prompt that a server with a fixed key-value pool has room for
@@ -89,8 +89,7 @@ class Plan:
 
     def __init__(self, args, sglang_flags: list[str]):
         harness.check_counts(args)
-        if args.at_once < 1:
-            raise InputError(f"--at-once {args.at_once}: must be at least 1")
+        at_least(args, 1, "at_once")
         existing(args.model, "model folder")
         self.args, self.flags, self.out = args, sglang_flags, Path(args.out)
         if args.vanilla_model:

@@ -31,7 +31,7 @@ from evaluation.points import Point, command, parse_variants, points, vocabulary
 from evaluation.run import draw_charts, split_flags
 from evaluation.turn import BackendError, Turn
 from fastmtp import serve
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.files import atomic, read_jsonl, write_json, write_provenance
 
 PROFILED_CYCLES = 40
@@ -168,9 +168,8 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     ours, flags = split_flags(argv)
     args = parser().parse_args(ours)
-    for name, least in (("requests", 2), ("tokens", 2), ("prompt_tokens", 2), ("at_once", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    at_least(args, 2, "requests", "tokens", "prompt_tokens")
+    at_least(args, 1, "at_once")
     shape = shapes.SHAPES[args.shape]
     rates = shapes.read_rates(args.rates)
     todo = points(shape, args.steps, args.maps, rates, parse_variants(args.variant), args.repeat_baseline)

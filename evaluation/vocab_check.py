@@ -23,7 +23,7 @@ from evaluation.run import FLOAT32_ENVIRONMENT, FLOAT32_FLAGS, split_flags
 from evaluation.turn import BackendError
 from fastmtp import draft_vocab, serve
 from fastmtp.chat import prompt_ids
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import read_prompts
 from fastmtp.files import write_json, write_provenance
 
@@ -108,6 +108,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     ours, flags = split_flags(argv)
     args = parser().parse_args(ours)
+    at_least(args, 1, "limit", "tokens", "num_steps", "tp")
     langs = [name for name in draft_vocab.parse_maps(args.token_maps) if name != draft_vocab.MIXED]
     if len(langs) != len(args.prompts):
         raise InputError(f"--prompts: {len(args.prompts)} files for {len(langs)} maps; give one for each, in order")

@@ -27,7 +27,7 @@ from evaluation.client import Server
 from evaluation.run import split_flags
 from evaluation.turn import BackendError, Turn
 from fastmtp import serve
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.draft_vocab import AUTO, MIXED, UNION, DraftVocab
 from fastmtp.files import atomic, read_json, write_json, write_provenance
 from fastmtp.lang import LANGUAGES
@@ -270,6 +270,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     ours, flags = split_flags(argv)
     args = parser().parse_args(ours)
+    at_least(args, 1, "num_steps", "requests", "tokens", "at_once")
     shape = shapes.SHAPES[args.shape]
     sizes, unions = ([parse_size(text) for text in texts.split(",")] for texts in (args.sizes, args.unions))
     if len(sizes) != len(unions) or 2 * max(sizes + unions) > shape["vocab_size"]:

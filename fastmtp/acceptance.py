@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fastmtp import files
 from fastmtp.chat import IGNORE, encode_chat
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import Model, load, position_rates
 from fastmtp.draft_vocab import AUTO, MIXED, UNION, DraftVocab, context_ids, names_by_anchor, parse_maps
 from fastmtp.draft_vocab import read as read_vocab
@@ -331,8 +331,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.num_steps < 1:
-        raise InputError(f"--num-steps must be at least 1, not {args.num_steps}")
+    at_least(args, 1, "num_steps")
     at = sorted({args.num_steps, *whole_numbers(args.at or "")})
     if at[0] < 1 or at[-1] > args.num_steps:
         raise InputError(f"--at must lie between 1 and --num-steps {args.num_steps}, not {args.at}")

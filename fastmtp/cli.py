@@ -48,6 +48,14 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """InputError for an argument in `names` below `least`; one that is None was not given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main`; exit 0 done, 2 bad input (one line on stderr), 1 anything else."""
     name = getattr(main, "__module__", "fastmtp").removesuffix(".cli")

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastmtp.cleaning import CleanConfig, verdict, words
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.curate_report import Tally, write_report
 from fastmtp.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates, signature
 from fastmtp.files import atomic, existing, write_provenance
@@ -321,8 +321,7 @@ def main(argv=None) -> None:
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if not 0 <= config.eval_share < 1:
         raise InputError(f"--eval-share must be at least 0 and below 1, not {config.eval_share}")
-    if args.workers < 1:
-        raise InputError(f"--workers must be at least 1, not {args.workers}")
+    at_least(args, 1, "workers")
     for path in args.input:
         existing(path)
     out = Path(args.out)

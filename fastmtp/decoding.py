@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from fastmtp import files
 from fastmtp.chat import prompt_ids as chat_prompt_ids
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.draft_vocab import AUTO, DraftVocab, parse_maps, read
 from fastmtp.export import read_head
 from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM, attention_of
@@ -370,9 +370,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    for flag in ("num_steps", "max_new_tokens"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    at_least(args, 1, "num_steps", "max_new_tokens")
     prompts = read_prompts(args.prompts, args.split, args.limit)
     head = read_head(args.head) if args.head else None
     model = load(args.model, args.dtype, args.device)

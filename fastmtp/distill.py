@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from fastmtp import files
-from fastmtp.cli import InputError, Parser, run
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.journal import Journal
 from fastmtp.mixture import DataConfig, Sampling, load_samplings, load_yaml
 from fastmtp.prompts import Chat, chats, file_rows, limited, listed_rows
@@ -140,9 +140,7 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
 
 
 def check(args, flags: list[str]) -> None:
-    for flag in ("limit", "engines", "in_flight", "batch_size"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    at_least(args, 1, "limit", "engines", "in_flight", "batch_size")
     if args.timeout <= 0:
         raise InputError(f"--timeout must be above 0, not {args.timeout:g}")
     if flags and not args.engines:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,13 @@ def base_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def useful() -> Useful:
     return useful_model()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A folder of five two-turn questions of MT-Bench."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    turns = [[f"what is w{n}", "what is red"] for n in range(6, 11)]
+    (folder / "mt_bench.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns))
+    return folder

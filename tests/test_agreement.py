@@ -9,15 +9,6 @@ from evaluation import agreement
 from fastmtp.cli import InputError
 
 
-@pytest.fixture
-def questions(tmp_path):
-    folder = tmp_path / "questions"
-    folder.mkdir()
-    turns = [[f"what is w{n}", "what is red"] for n in range(6, 11)]
-    (folder / "mt_bench.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns))
-    return folder
-
-
 def check(base_folder, questions, out, *more):
     given = ["--model", str(base_folder), "--tasks", "mt_bench", "--backend", "reference", "--max-gen-length", "24"]
     agreement.main([*given, "--question-folder", str(questions), "--out", str(out), *more])

@@ -277,5 +277,5 @@ def test_a_failing_benchmark_exits_with_1_and_one_line(tokenizer, tmp_path):
             bench(server, tokenizer, tmp_path)
     assert isinstance(caught.value.code, str) and "the same command continues" in caught.value.code
     assert not (tmp_path / "r.jsonl").exists()
-    with StandIn() as server, pytest.raises(InputError, match="--parallel 0: must be at least 1"):
+    with StandIn() as server, pytest.raises(InputError, match="--parallel must be at least 1, not 0"):
         bench(server, tokenizer, tmp_path, "--parallel", "0")

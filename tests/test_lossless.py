@@ -15,15 +15,6 @@ def model(base_folder):
     return str(base_folder)
 
 
-@pytest.fixture
-def questions(tmp_path):
-    folder = tmp_path / "questions"
-    folder.mkdir()
-    turns = [[f"what is w{n}", "what is red"] for n in range(6, 11)]
-    (folder / "mt_bench.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns))
-    return folder
-
-
 def check(model, questions, out, *more):
     given = ["--model", model, "--arms", "baseline,fastmtp:2", "--tasks", "mt_bench", "--backend", "reference"]
     lossless.main([*given, "--question-folder", str(questions), "--max-gen-length", "24", "--out", str(out), *more])
