@@ -162,13 +162,16 @@ def provenance(config: dict, inputs: list[str | Path] = ()) -> dict:
     # `-m fastmtp.x` runs anywhere; the file's path would only tell whose machine this was.
     program = Path(sys.argv[0]).resolve()
     start = ["-m", f"{here.name}.{program.stem}"] if program.parent == here else [sys.argv[0]]
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or an installed package
+        asked = ["git", "-C", here, "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "command": shlex.join(["python", *start, *sys.argv[1:]]),
         "config": config,
         "inputs": {str(p): sha256(p) for p in map(Path, inputs) if p.is_file()},
         "versions": versions,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -156,7 +156,7 @@ def test_servers_at_once_get_ports_and_memory_of_their_own(model, questions, sta
     for line in started:
         assert line[line.index("--max-total-tokens") + 1] == str(4 * (30 + run.PROMPT_ROOM))
         assert line.count("--attention-backend") == 1 and "--enable-deterministic-inference" in line
-    with pytest.raises(InputError, match="--at-once 0"):
+    with pytest.raises(InputError, match="--at-once must be at least 1, not 0"):
         run.main(arguments(model, questions, out, *more, "--at-once", "0"))
 
 

@@ -10,7 +10,17 @@ import sys
 import pytest
 
 from fastmtp.cli import InputError
-from fastmtp.files import atomic, existing, growing, read_jsonl, sha256, write_json, write_jsonl, write_provenance
+from fastmtp.files import (
+    atomic,
+    existing,
+    growing,
+    provenance,
+    read_jsonl,
+    sha256,
+    write_json,
+    write_jsonl,
+    write_provenance,
+)
 
 
 def test_atomic_leaves_nothing_on_failure_and_the_old_file_as_it_was(tmp_path):
@@ -164,3 +174,9 @@ def test_provenance_says_what_made_it(tmp_path):
         found = json.loads((tmp_path / record).read_text())
         assert found["config"] == {"seed": 3} and found["inputs"] == {str(source): sha256(source)}
         assert found["versions"]["torch"]
+
+
+def test_provenance_needs_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = provenance({"seed": 0})
+    assert found["git_commit"] is None and found["config"] == {"seed": 0}
