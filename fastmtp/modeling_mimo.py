@@ -30,7 +30,7 @@ from .losses import Objective, mtp_loss
 from .recursion import layout, recurse
 from .varlen import Documents, documents, flash_usable, packed_attention
 
-VARLEN = "fastmtp_varlen"  # transformers' name for the attention below
+VARLEN = f"{__name__}.varlen"  # a copy of this file beside a checkpoint registers its own
 
 
 class MiMoConfig(Qwen2Config):
