@@ -285,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = SHAPES[args.shape]
+    if device == "cpu" and args.shape != "smollm2":
+        raise InputError(f"no GPU here, and --shape {args.shape} needs one; give --shape smollm2")
     documents = make_documents(args.documents, shape["vocab_size"], args.seed)
     rate = matrix_rate(device) / 1e12
     rows = []

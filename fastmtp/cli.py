@@ -59,7 +59,9 @@ def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main`; exit 0 done, 2 bad input (one line on stderr), 1 anything else."""
     name = getattr(main, "__module__", "fastmtp").removesuffix(".cli")
-    name = sys.modules["__main__"].__spec__.name if name == "__main__" and sys.modules["__main__"].__spec__ else name
+    if name == "__main__":  # started as `python -m fastmtp.x`, or as a file
+        spec = sys.modules["__main__"].__spec__
+        name = spec.name if spec else sys.argv[0]
     try:
         main()
     except InputError as error:

@@ -69,7 +69,7 @@ def test_the_command_writes_figures_and_a_table(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("tokens_per_second") == 2
     text = (tmp_path / "x.md").read_text()
     assert "| ours |" in text and "| paper-style |" in text and "--documents 2" in text
-    for wrong in (["--packed-length", "100"], ["--documents", "0"]):
+    for wrong in (["--packed-length", "100"], ["--documents", "0"], ["--shape", "mimo-7b"]):
         with pytest.raises(bench.InputError, match=wrong[0]):
             bench.main(wrong)
 
