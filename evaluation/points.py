@@ -17,8 +17,6 @@ from fastmtp.cli import InputError
 from fastmtp.files import atomic
 from fastmtp.token_map import parse_size
 
-EXTENSION = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # a variant with it takes its maps through fastmtp.sglang_ext
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -81,11 +79,11 @@ class Point:
     @property
     def extended(self) -> bool:
         """Whether our own draft model shortens the draft's vocabulary, instead of SGLang's --speculative-token-map."""
-        return bool(self.map_name) and EXTENSION in self.variant.environment
+        return bool(self.map_name) and serve.EXTERNAL_PACKAGE in self.variant.environment
 
     def environment(self) -> dict[str, str]:
         """What makes SGLang accept `tau` tokens a pass on average, with real draft tokens in the output."""
-        kept = {k: v for k, v in self.variant.environment.items() if k != EXTENSION or self.extended}
+        kept = {k: v for k, v in self.variant.environment.items() if k != serve.EXTERNAL_PACKAGE or self.extended}
         if not self.num_steps:
             return kept
         return kept | {

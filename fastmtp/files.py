@@ -146,6 +146,11 @@ def settings(args) -> dict:
     return {**vars(args), "model_state": state(existing(args.model, "model folder")), "prompts_sha256": sha256(args.prompts)}
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process that must import this package, where it is not installed too."""
+    return os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:

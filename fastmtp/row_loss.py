@@ -68,7 +68,7 @@ def scaled_softmax(logits: Tensor, normalisers: Tensor, scales: Tensor) -> Tenso
     normalisers, scales: [N] float32, contiguous.
     """
     if not on_kernels(logits):
-        return logits.copy_((logits.float() - normalisers[:, None]).exp_() * scales[:, None])
+        return logits.copy_(logits.float().sub_(normalisers[:, None]).exp_().mul_(scales[:, None]))
     count, width = logits.shape
     _softmax[(count, triton.cdiv(width, BLOCK))](logits, normalisers, scales, logits.stride(0), width, BLOCK, num_warps=8)
     return logits

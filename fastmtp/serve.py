@@ -27,11 +27,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.files import existing
+from fastmtp.files import existing, python_path
 
 OLDEST = (0, 5, 17)
 HOST = "127.0.0.1"
 LOG_LINES = 25
+EXTERNAL_PACKAGE = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # SGLang takes models of this package before its own
 VOCAB_READY = "draft vocabulary: ready"  # what fastmtp.sglang_ext logs once it is in use
 
 
@@ -148,12 +149,7 @@ def vocab_environment(token_maps: str, policy: str, model: str, path: Path, cont
 
 def extension(path: Path) -> dict[str, str]:
     """The environment in which SGLang loads our draft model with the vocabulary in `path`."""
-    search = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        "SGLANG_EXTERNAL_MODEL_PACKAGE": "fastmtp.sglang_ext",
-        "FASTMTP_DRAFT_VOCAB": str(path.resolve()),
-        "PYTHONPATH": os.pathsep.join(search),
-    }
+    return {EXTERNAL_PACKAGE: "fastmtp.sglang_ext", "FASTMTP_DRAFT_VOCAB": str(path.resolve()), "PYTHONPATH": python_path()}
 
 
 RENAMED = {"--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}  # the old name is gone after 0.5.17

@@ -111,8 +111,7 @@ def train(recipe: dict) -> None:
         resolved = Path(folder) / "recipe.yaml"  # ms-swift copies it to output_dir
         resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
         start = "from swift.cli.main import cli_main; cli_main()"
-        here = str(Path(__file__).resolve().parents[1])  # the plugin's imports, where the package is not installed
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        environment = {**os.environ, "PYTHONPATH": files.python_path()}  # the plugin imports the package
         command = [sys.executable, "-c", start, "sft", str(resolved)]
         code = subprocess.run(command, env=environment, check=False).returncode
     if code:
