@@ -23,14 +23,12 @@ class ActiveHead:
         self.head, self.start, width = head.detach(), start, head.shape[0]
         parts = {name: ids[(ids >= start) & (ids < start + width)] - start for name, ids in maps.items()}
         rows = max(1, *map(len, parts.values()))
-        self.spare = context_rows > 0 or any(len(part) < rows for part in parts.values())  # is column `width` needed?
         self.columns_of = {
             name: torch.cat([part, part.new_full((rows - len(part),), width)]).to(head.device)
             for name, part in parts.items()
         }
-        self.rows, total = rows, rows + context_rows
-        if self.spare:
-            total = -(-total // 64) * 64  # products of odd sizes are slow
+        self.rows, total = rows, -(-(rows + context_rows) // 64) * 64  # products of odd sizes are slow
+        self.spare = total > rows or any(len(part) < rows for part in parts.values())  # is column `width` needed?
         self.columns = torch.full((total,), width, dtype=torch.int64, device=head.device)
         self.weight = torch.zeros(total, head.shape[1], dtype=head.dtype, device=head.device)
         self.active = ""
