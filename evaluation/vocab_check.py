@@ -1,7 +1,7 @@
 """Does a draft vocabulary that follows the language change the text, or draft outside its map? On a running SGLang.
 
     python -m evaluation.vocab_check --model models/smollm2-fastmtp --token-maps en=en_16k.pt,zh=zh_16k.pt \\
-        --prompts en.jsonl.gz zh.jsonl.gz --limit 24 --out results/vocab_check
+        --prompts en.jsonl.gz zh.jsonl.gz --out results/vocab_check
 
 Three servers in float32: with the following vocabulary (which stops at a draft outside the active map), with the whole
 head, and plain. Prompts of the files in turn, one at a time and eight at once, as they are, asking for another
@@ -95,8 +95,8 @@ def parser() -> Parser:
     p.add_argument("--model", required=True, metavar="FOLDER")
     p.add_argument("--token-maps", required=True, metavar="EN=PATH,ZH=PATH", help="one map for each file of --prompts, in order")
     p.add_argument("--prompts", required=True, nargs="+", help="one jsonl file a language")
-    p.add_argument("--limit", type=int, default=24, help="prompts of each file (default %(default)s)")
-    p.add_argument("--tokens", type=int, default=96, help="longest answer (default %(default)s)")
+    p.add_argument("--limit", type=int, default=8, help="prompts of each file (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=48, help="longest answer (default %(default)s)")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle (default %(default)s)")
     p.add_argument("--context-rows", type=int, default=0, help="ids of the prompts that join the active map (default 0)")
     p.add_argument("--tp", type=int, default=1, help="GPUs to split each model over (default %(default)s)")
