@@ -58,7 +58,7 @@ def draw_losses(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, points in sorted(curves.items()):
         axes.plot(*zip(*points, strict=True), label=f"step {name.removeprefix('mtp_loss_')}", linewidth=1.8)
-    axes.set(xlabel="optimiser step", ylabel="cross-entropy (nats a token)", title="Loss of each recursive step")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats a token)", title="Loss of each recursive step")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     _save(figure, path)
