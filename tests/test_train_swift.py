@@ -38,6 +38,10 @@ def sft(work: Path, name: str, environment: dict[str, str] | None = None, **over
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
         "mtp_eval_data": work / "heldout.jsonl",
+        # the plain loss, whose steps add up to what the log says
+        "mtp_labels": "data",
+        "mtp_prefix_floor": 1.0,
+        "mtp_beta": 0.6,
         **overrides,
     }
     flags = [part for key, value in settings.items() for part in (f"--{key}", *str(value).split(" "))]
