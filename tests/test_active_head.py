@@ -13,18 +13,20 @@ V, H, K = 96, 16, 24
 EXTRA = {"low": torch.tensor([40, 41, 90]), "en": torch.tensor([], dtype=torch.int64), "zh": torch.tensor([], dtype=torch.int64)}
 
 
-def head_and_maps(dtype=torch.float32):
+def head_and_maps(dtype=torch.float32, size=K):
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(V, H, generator=generator).to(dtype)
-    maps = {n: torch.randperm(V, generator=generator)[:K].sort().values for n in ("en", "zh")}
-    maps["low"] = torch.arange(K)  # all of it in the first half
+    maps = {n: torch.randperm(V, generator=generator)[:size].sort().values for n in ("en", "zh")}
+    maps["low"] = torch.arange(size)  # with K all of it in the first half
     return head, maps, torch.randn(7, H, generator=generator).to(dtype)
 
 
+@pytest.mark.parametrize("size", [K, 64])  # filled up to 64 rows, and as it is
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logits_are_the_full_heads_inside_the_map(dtype):
-    head, maps, hidden = head_and_maps(dtype)
+def test_logits_are_the_full_heads_inside_the_map(dtype, size):
+    head, maps, hidden = head_and_maps(dtype, size)
     active = ActiveHead(head, maps)
+    assert len(active.weight) == 64 and active.spare == (size < 64)
     for name in ("en", "zh", "en"):
         assert active.activate(name)
         got, full = active.logits(hidden), hidden @ head.T

@@ -16,7 +16,7 @@ class ActiveHead:
 
     With the head split over GPUs each rank keeps its own part of every map; ranks then gather full logits as always.
     Parts differ in length: short ones are filled up with rows whose result goes to a column that is cut off.
-    Behind the map `context_rows` rows are kept for other ids: `extend`.
+    Behind the map `context_rows` rows are kept for other ids: `extend`. In all they are a multiple of 64.
     """
 
     def __init__(self, head: Tensor, maps: dict[str, Tensor], start: int = 0, context_rows: int = 0):
