@@ -20,12 +20,12 @@ from evaluation import harness
 from evaluation.client import Server
 from evaluation.lossless import first_difference
 from evaluation.run import FLOAT32_ENVIRONMENT, FLOAT32_FLAGS, split_flags
-from evaluation.turn import BackendError
+from evaluation.turn import BackendError, Turn
 from fastmtp import draft_vocab, serve
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import read_prompts
-from fastmtp.files import write_json, write_provenance
+from fastmtp.files import write_json, write_jsonl, write_provenance
 
 FLAGS = ["--dtype", "float32", *FLOAT32_FLAGS, "--mem-fraction-static", "0.8", "--max-total-tokens", "32768"]
 FLAGS += ["--max-running-requests", "8", "--cuda-graph-max-bs-decode", "8", "--disable-prefill-cuda-graph"]
@@ -33,23 +33,23 @@ FLAGS += ["--skip-server-warmup", "--grammar-backend", "none"]
 UNKNOWN = "klingon"
 
 
-async def ask_all(url: str, prompts: list[list[int]], tokens: int, at_once: int, params: list[dict | None]) -> list[list[int]]:
-    """Greedy output ids of every prompt, `at_once` in flight, with each one's custom_params."""
+async def ask_all(url: str, prompts: list[list[int]], tokens: int, at_once: int, params: list[dict | None]) -> list[Turn]:
+    """Greedy answers to every prompt, `at_once` in flight, with each one's custom_params."""
     gate = asyncio.Semaphore(at_once)
     with tqdm(total=len(prompts), desc=url, unit="q", disable=None, leave=False) as bar:
         async with Server(url, 300) as server:
 
-            async def one(ids: list[int], custom: dict | None) -> list[int]:
+            async def one(ids: list[int], custom: dict | None) -> Turn:
                 async with gate:
                     turn = await server.ask(ids, tokens, custom_params=custom)
                 bar.update()
-                return turn.output_ids
+                return turn
 
             return await asyncio.gather(*map(one, prompts, params))
 
 
-async def ask_everything(urls: dict[str, str], prompts: list[list[int]], tokens: int, langs: list[str]) -> dict[str, list]:
-    """{"server way": outputs}, the servers side by side, the ways one after the other."""
+async def ask_everything(urls: dict[str, str], prompts: list[list[int]], tokens: int, langs: list[str]) -> dict[str, list[Turn]]:
+    """{"server way": answers}, the servers side by side, the ways one after the other."""
     nothing = [None] * len(prompts)
     ways = {"one at a time": (1, nothing), "eight at once": (8, nothing)}
     asked = ways | {
@@ -58,24 +58,26 @@ async def ask_everything(urls: dict[str, str], prompts: list[list[int]], tokens:
         "asking for an unknown language": (8, [{"draft_lang": UNKNOWN}] * len(prompts)),
     }
 
-    async def all_ways(name: str) -> dict[str, list]:
+    async def all_ways(name: str) -> dict[str, list[Turn]]:
         found = {}
         for way, (at_once, params) in (asked if name == "dynamic" else ways).items():
             found[f"{name}, {way}"] = await ask_all(urls[name], prompts, tokens, at_once, params)
         return found
 
     parts = await asyncio.gather(*map(all_ways, urls))
-    return {key: outputs for part in parts for key, outputs in part.items()}
+    return {key: turns for part in parts for key, turns in part.items()}
 
 
-def report(found: dict[str, list], log: str) -> dict:
-    """Every way against plain decoding one at a time; what the dynamic server's log says."""
+def report(found: dict[str, list[Turn]], langs: list[str], log: str) -> dict:
+    """Every way against plain decoding one at a time, its accept length by language; what the dynamic server's log says."""
     plain = found["plain, one at a time"]
     rows = {}
-    for way, outputs in found.items():
-        firsts = [first_difference(a, b) for a, b in zip(plain, outputs, strict=True)]
+    for way, turns in found.items():
+        firsts = [first_difference(a.output_ids, b.output_ids) for a, b in zip(plain, turns, strict=True)]
         differ = [{"prompt": i, "position": at} for i, at in enumerate(firsts) if at is not None]
-        rows[way] = {"prompts": len(outputs), "identical": len(outputs) - len(differ), "differences": differ}
+        rows[way] = {"prompts": len(turns), "identical": len(turns) - len(differ), "differences": differ}
+        if all(turn.verify_passes is not None for turn in turns):
+            rows[way]["accept_length"] = {lang: accept_length(turns[i :: len(langs)]) for i, lang in enumerate(langs)}
     lines = [line for line in log.splitlines() if "draft vocabulary" in line]
     return {
         "ways": rows,
@@ -83,6 +85,19 @@ def report(found: dict[str, list], log: str) -> dict:
         "warnings_for_the_unknown_language": sum(UNKNOWN in line for line in lines),
         "log": lines[:3] + lines[-3:],
     }
+
+
+def accept_length(turns: list[Turn]) -> float:
+    """tau, pooled: output tokens per verify pass, as fastmtp.acceptance counts it."""
+    return sum(len(turn.output_ids) for turn in turns) / max(1, sum(turn.verify_passes for turn in turns))
+
+
+def samples(prompts: list[list[int]], turns: list[Turn], langs: list[str]) -> list[dict]:
+    """Prompts and plain answers as fastmtp.acceptance reads them, so that served accept lengths can be compared with its own."""
+    pairs = zip(prompts, turns, strict=True)
+    return [
+        {"lang": langs[i % len(langs)], "prompt_ids": ids, "output_ids": turn.output_ids} for i, (ids, turn) in enumerate(pairs)
+    ]
 
 
 def parser() -> Parser:
@@ -141,11 +156,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"evaluation.vocab_check: error: {error}")
     if serve.VOCAB_READY not in log:
         sys.exit(f"evaluation.vocab_check: error: SGLang does not use fastmtp.sglang_ext; {out}/dynamic.log says why")
-    result = report(found, log)
-    write_json(out / "check.json", result | {"outputs": found})
+    result = report(found, langs, log)
+    write_json(out / "check.json", result | {"outputs": {way: [turn.output_ids for turn in turns] for way, turns in found.items()}})
+    write_jsonl(out / "samples.jsonl", samples(prompts, found["plain, one at a time"], langs))
     write_provenance(out, vars(args) | {"sglang_flags": flags}, args.prompts)
     for way, row in result["ways"].items():
-        print(f"{way}: {row['identical']} of {row['prompts']} outputs are plain decoding's")
+        taus = ", ".join(f"tau {lang} {tau:.3f}" for lang, tau in row.get("accept_length", {}).items())
+        print(f"{way}: {row['identical']} of {row['prompts']} outputs are plain decoding's" + (f"; {taus}" if taus else ""))
     print(f"warnings for the unknown language: {result['warnings_for_the_unknown_language']}")
     print("\n".join(result["log"]))
     if result["outside_the_map"] or any(row["differences"] for row in result["ways"].values()):

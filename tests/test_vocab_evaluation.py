@@ -39,11 +39,19 @@ def asked(tmp_path, base_folder, monkeypatch):
     return make
 
 
+def answer(ids, passes=None):
+    return Turn(ids, "", 4, passes, [], 1, 1.0, 2.0, 0.0, "length")
+
+
 def test_every_way_is_compared_with_plain_decoding(asked, tmp_path, capsys):
     vocab_check.main(asked())
     found = json.loads((tmp_path / "out" / "check.json").read_text())
     assert len(found["ways"]) == 9 and all(row["identical"] == row["prompts"] == 6 for row in found["ways"].values())
-    assert "dynamic, asking for the other map: 6 of 6" in capsys.readouterr().out
+    assert found["ways"]["dynamic, eight at once"]["accept_length"]["zh"] > 1 and "accept_length" not in found["ways"]["plain, eight at once"]
+    assert "dynamic, asking for the other map: 6 of 6 outputs are plain decoding's; tau en " in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [row["lang"] for row in rows] == ["en", "zh"] * 3
+    assert [row["output_ids"] for row in rows] == found["outputs"]["plain, one at a time"]
 
 
 def test_an_extension_that_is_not_used_fails(asked):
@@ -52,10 +60,12 @@ def test_an_extension_that_is_not_used_fails(asked):
 
 
 def test_differences_and_drafts_outside_the_map_are_found():
-    found = {"plain, one at a time": [[1, 2], [3]], "dynamic, one at a time": [[1, 2], [4]]}
+    found = {"plain, one at a time": [answer([1, 2]), answer([3])]}
+    found["dynamic, one at a time"] = [answer([1, 2], passes=1), answer([4, 5, 6], passes=2)]
     log = "x\nAssertionError: draft 5 is outside the map 'en'\ndraft vocabulary: no token map for 'klingon'"
-    result = vocab_check.report(found, log)
+    result = vocab_check.report(found, ["en", "zh"], log)
     assert result["ways"]["dynamic, one at a time"]["differences"] == [{"prompt": 1, "position": 0}]
+    assert result["ways"]["dynamic, one at a time"]["accept_length"] == {"en": 2.0, "zh": 1.5}
     assert result["outside_the_map"] == 1 and result["warnings_for_the_unknown_language"] == 1
 
 
