@@ -14,6 +14,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "prepare_model": "MiMo-7B, a Llama/Qwen2 checkpoint or a GGUF file -> MiMo layout with an MTP head",
+    "fit_head": "a start for a fresh head, by least squares instead of training",
     "distill": "the frozen model answers every prompt itself",
     "curate": "clean, de-duplicate and split the answers; write ms-swift's training file",
     "build_vocab": "token maps: the language's frequent tokens, for a cheaper draft",

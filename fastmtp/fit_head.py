@@ -1,0 +1,116 @@
+"""A start for a fresh head that is solved, not trained: the backbone's last layer, fed with a least-squares guess of its input.
+
+At position p the head has the backbone's state h_p and the embedding of token p+1. What enters the backbone's last
+decoder layer at p+1 makes, through that layer and the final norm, the backbone's own choice of token p+2. So the head
+takes over the layer and the norm, and its input matrix W is the linear map whose guess of that input is best:
+
+    minimise over W   sum over p of  |W [norm(h_p); norm(Emb(x_{p+1}))] - y_{p+1}|^2 / mean(y_{p+1}^2)
+
+y: what enters the last layer. One pass over the model's own answers and one linear system; no step is taken. Training
+goes on from there (export it into the base, give that folder as the recipe's `model`).
+
+    python -m fastmtp.fit_head --model models/qwen --data distilled.jsonl --out runs/qwen_start
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from fastmtp import files
+from fastmtp.acceptance import read_samples
+from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.decoding import load
+from fastmtp.export import PREFIX
+from fastmtp.modeling_mimo import MiMoForCausalLM
+
+SINKS = 4  # the first positions' states are huge (attention sinks, arXiv 2309.17453) and like no others
+RIDGE = 1e-4  # of the mean square of a feature: directions that the text hardly shows stay small
+
+
+@torch.inference_mode()
+def equations(net: MiMoForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [T-5, 2H] and targets [T-5, H] of one text, float64, both over the target's root mean square. ids: [T]."""
+    found = net.model(input_ids=ids[None], output_hidden_states=True)
+    states, entering = found.last_hidden_state[0], found.hidden_states[-2][0]
+    embeds = net.model.embed_tokens(ids)
+    head = net.head
+    features = torch.cat([head.hidden_layernorm(states[:-1]), head.token_layernorm(embeds[1:])], dim=-1)[SINKS:]
+    targets = entering[1 + SINKS :].double()
+    scale = targets.pow(2).mean(-1, keepdim=True).sqrt()
+    return features.double() / scale, targets / scale
+
+
+def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Tensor], float, int]:
+    """Head tensors by full name, the share of the targets' square that W explains, and the number of positions.
+
+    The norms of the two streams become ones. InputError for fewer positions than W has columns.
+    """
+    weight, width = net.lm_head.weight, net.config.hidden_size
+    for norm in (net.head.hidden_layernorm, net.head.token_layernorm):
+        norm.weight.data.fill_(1)
+    square = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=weight.device)
+    cross = torch.zeros(2 * width, width, dtype=torch.float64, device=weight.device)
+    total, positions = 0.0, 0
+    for text in tqdm(texts, desc="fit", unit="text"):
+        if len(text) > SINKS + 1:
+            x, y = equations(net, torch.tensor(text, device=weight.device))
+            square += x.T @ x
+            cross += x.T @ y
+            total, positions = total + y.pow(2).sum().item(), positions + len(x)
+    if positions < 2 * width:
+        raise InputError(f"--data: {positions} positions for {2 * width} columns; give more samples, best 50 times as many positions")
+    ridge = RIDGE * square.diagonal().mean() * torch.eye(2 * width, dtype=torch.float64, device=weight.device)
+    solved = torch.linalg.solve(square + ridge, cross)
+    left = total - 2 * (solved * cross).sum().item() + (solved * (square @ solved)).sum().item()
+    return taken_over(net, solved.T), 1 - left / total, positions
+
+
+def taken_over(net: MiMoForCausalLM, input_proj: Tensor) -> dict[str, Tensor]:
+    """The last decoder layer and the final norm as a head with this input matrix [H, 2H]."""
+    layer = net.model.layers[-1].state_dict()
+    layer["input_proj.weight"] = input_proj
+    layer["final_layernorm.weight"] = net.model.norm.weight.data
+    for name in ("hidden_layernorm.weight", "token_layernorm.weight"):
+        layer[name] = torch.ones_like(net.model.norm.weight.data)
+    dtype = net.lm_head.weight.dtype
+    # Llama-type layers have biases here too: prepare_model gives every backbone zeros
+    return {f"{PREFIX}0.{name}": tensor.to(dtype).cpu().clone().contiguous() for name, tensor in layer.items()}
+
+
+def parser() -> Parser:
+    p = Parser(
+        "python -m fastmtp.fit_head",
+        "Solve a start for a fresh head by least squares, from the model's own answers. Training goes on from it.",
+        "python -m fastmtp.fit_head --model models/qwen --data distilled.jsonl --out runs/qwen_start\n"
+        "python -m fastmtp.export --base models/qwen --head runs/qwen_start --out models/qwen-start",
+    )
+    p.add_argument("--model", required=True, help="model folder, from fastmtp.prepare_model")
+    p.add_argument("--data", required=True, help="distilled or curated samples; some 500 answers of the model itself")
+    p.add_argument("--limit", type=int, help="use only the first N samples")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model (default %(default)s)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="the head, as training would leave it")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    at_least(args, 1, "limit")
+    model = load(args.model, args.dtype, args.device)
+    samples = read_samples(args.data, model.net.vocab_size, args.limit, model.tokenizer)
+    head, explained, positions = fit(model.net, [s["prompt_ids"] + s["output_ids"] for s in samples])
+    with files.atomic(Path(args.out)) as folder:
+        folder.mkdir()
+        save_file(head, folder / "model.safetensors", metadata={"format": "pt"})
+        files.write_provenance(folder, vars(args) | {"positions": positions, "explained": explained}, [args.data])
+    print(f"fitted {args.out}: {positions} positions, {100 * explained:.1f} % of the last layer's input explained")
+
+
+if __name__ == "__main__":
+    run(main)
