@@ -8,8 +8,10 @@ script it is a server process: python tests/stand_in.py --port 30000 --num-steps
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
+import random
 import socket
 import threading
 import time
@@ -63,10 +65,14 @@ def accounting(tokens: int, num_steps: int) -> tuple[int, list[int]]:
     return passes, histogram
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(count: int = 8) -> int:
+    """The first of `count` free ports in a row, below those that the system gives to outgoing connections."""
+    while True:
+        first = random.SystemRandom().randrange(15000, 30000)
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 class StandIn(ThreadingHTTPServer):
