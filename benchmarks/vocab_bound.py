@@ -16,40 +16,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files
-from fastmtp.acceptance import CONTEXT, FULL, Acceptance, as_json, read_samples, table, walk
+from fastmtp.acceptance import CONTEXT, FULL, Acceptance, as_json, follow, read_samples, table, walk
 from fastmtp.build_vocab import load_tokenizer
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.draft_vocab import AUTO, UNION, DraftVocab, names_by_anchor, parse_maps
+from fastmtp.draft_vocab import AUTO, UNION, DraftVocab, parse_maps, union
 from fastmtp.draft_vocab import read as read_vocab
+from fastmtp.recursion import shift
 
 
-def possible(allowed: list[set[int] | None], output_ids: list[int], num_steps: int) -> Tensor:
-    """hits [n-1, K] of acceptance.walk for drafts that are right whenever their anchor's set has the token; None: any."""
-    n = len(output_ids)
-    rows = [
-        [i + k < n and (ids is None or output_ids[i + k] in ids) for k in range(1, num_steps + 1)]
-        for i, ids in enumerate(allowed)
-    ]
-    return torch.tensor(rows, dtype=torch.bool).view(n - 1, num_steps)
+def possible(output_ids: list[int], allowed: Tensor | None, num_steps: int) -> Tensor:
+    """hits [n-1, K] of acceptance.walk for drafts that are right wherever `allowed` (ids; None: all) has the token."""
+    ids = torch.tensor(output_ids)
+    right = torch.ones_like(ids, dtype=torch.bool) if allowed is None else torch.isin(ids, allowed)
+    return torch.stack([shift(right[None], k)[0, :-1] for k in range(1, num_steps + 1)], dim=1)
 
 
 def bound(vocab: DraftVocab, samples: list[dict], num_steps: int) -> dict[tuple[str, str, str], Acceptance]:
     """Results in acceptance's form: the whole head, each map, their union, and following, with the prompt's ids too."""
-    maps = {name: set(ids.tolist()) for name, ids in vocab.maps.items()}
-    maps[UNION] = set().union(*(maps[name] for name in vocab.maps))
+    maps = {FULL: None} | vocab.maps | {UNION: union(vocab.maps)}
     found: dict[tuple[str, str, str], Acceptance] = defaultdict(Acceptance)
     for sample in tqdm(samples, desc="bound", unit="sample"):
         prompt, output = sample["prompt_ids"], sample["output_ids"]
-        names = names_by_anchor(vocab, prompt, output)
-        choices = {FULL: [None] * len(names)} | {name: [ids] * len(names) for name, ids in maps.items()}
-        choices[AUTO] = [maps[name] for name in names]
+        hits = {name: possible(output, ids, num_steps) for name, ids in maps.items()}
+        follow(vocab, [(prompt, output)], [hits], [hits], AUTO)
         if vocab.context_rows:
             follower = vocab.follow(prompt)
-            wider = {name: maps[name] | set(follower.context(name).tolist()) for name in set(names)}
-            choices[CONTEXT] = [wider[name] for name in names]
-        for name, allowed in choices.items():
-            hits = possible(allowed, output, num_steps)
-            found[sample.get("source", ""), sample.get("lang", ""), name].add(len(output), walk(hits))
+            wider = {name: possible(output, follower.ids(name), num_steps) for name in vocab.maps}
+            follow(vocab, [(prompt, output)], [hits], [wider], CONTEXT)
+        for name, rows in hits.items():
+            found[sample.get("source", ""), sample.get("lang", ""), name].add(len(output), walk(rows))
     return found
 
 
@@ -74,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     at_least(args, 1, "num_steps")
     tokenizer = load_tokenizer(args.tokenizer)
     vocab = read_vocab(args.token_maps, AUTO, tokenizer, len(tokenizer), args.context_rows)
-    samples = [s for s in read_samples(args.data, len(tokenizer)) if len(s["output_ids"]) > 1]
-    if not samples:
+    samples = read_samples(args.data, len(tokenizer))
+    if all(len(sample["output_ids"]) < 2 for sample in samples):
         raise InputError(f"{args.data}: no answer has two tokens; give distilled samples")
     found = bound(vocab, samples, args.num_steps)
     files.write_json(args.out, {"num_steps": args.num_steps, "rows": as_json(found, "always right")})

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation import harness
+from evaluation import harness, metrics
 from evaluation.client import Server
 from evaluation.lossless import first_difference
 from evaluation.run import FLOAT32_ENVIRONMENT, FLOAT32_FLAGS, split_flags
@@ -77,7 +77,8 @@ def report(found: dict[str, list[Turn]], langs: list[str], log: str) -> dict:
         differ = [{"prompt": i, "position": at} for i, at in enumerate(firsts) if at is not None]
         rows[way] = {"prompts": len(turns), "identical": len(turns) - len(differ), "differences": differ}
         if all(turn.verify_passes is not None for turn in turns):
-            rows[way]["accept_length"] = {lang: accept_length(turns[i :: len(langs)]) for i, lang in enumerate(langs)}
+            by_lang = {lang: [vars(turn) for turn in turns[i :: len(langs)]] for i, lang in enumerate(langs)}
+            rows[way]["accept_length"] = {lang: metrics.accept_length([{"turns": part}]) for lang, part in by_lang.items()}
     lines = [line for line in log.splitlines() if "draft vocabulary" in line]
     return {
         "ways": rows,
@@ -85,11 +86,6 @@ def report(found: dict[str, list[Turn]], langs: list[str], log: str) -> dict:
         "warnings_for_the_unknown_language": sum(UNKNOWN in line for line in lines),
         "log": lines[:3] + lines[-3:],
     }
-
-
-def accept_length(turns: list[Turn]) -> float:
-    """tau, pooled: output tokens per verify pass, as fastmtp.acceptance counts it."""
-    return sum(len(turn.output_ids) for turn in turns) / max(1, sum(turn.verify_passes for turn in turns))
 
 
 def samples(prompts: list[list[int]], turns: list[Turn], langs: list[str]) -> list[dict]:
@@ -161,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     write_jsonl(out / "samples.jsonl", samples(prompts, found["plain, one at a time"], langs))
     write_provenance(out, vars(args) | {"sglang_flags": flags}, args.prompts)
     for way, row in result["ways"].items():
-        taus = ", ".join(f"tau {lang} {tau:.3f}" for lang, tau in row.get("accept_length", {}).items())
+        taus = ", ".join(f"tau {lang} {tau:.3f}" for lang, tau in row.get("accept_length", {}).items() if tau)
         print(f"{way}: {row['identical']} of {row['prompts']} outputs are plain decoding's" + (f"; {taus}" if taus else ""))
     print(f"warnings for the unknown language: {result['warnings_for_the_unknown_language']}")
     print("\n".join(result["log"]))

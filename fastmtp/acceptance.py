@@ -22,7 +22,7 @@ from fastmtp import files
 from fastmtp.chat import IGNORE, encode_chat
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import Model, load, position_rates
-from fastmtp.draft_vocab import AUTO, MIXED, UNION, DraftVocab, context_ids, names_by_anchor, parse_maps
+from fastmtp.draft_vocab import AUTO, UNION, DraftVocab, context_ids, names_by_anchor, parse_maps, union
 from fastmtp.draft_vocab import read as read_vocab
 from fastmtp.export import read_head
 from fastmtp.teacher import greedy
@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vocab = None
     if args.token_maps:
         vocab = read_vocab(args.token_maps, AUTO, model.tokenizer, model.net.vocab_size)
-        maps[UNION] = torch.cat([ids for name, ids in vocab.maps.items() if name != MIXED]).unique()
+        maps[UNION] = union(vocab.maps)
     samples = read_samples(args.data, model.net.vocab_size, args.limit, model.tokenizer)
     rows, tables = {steps: [] for steps in at}, []
     for name, head in heads.items():

@@ -148,6 +148,11 @@ def mix(maps: Sequence[Tensor], size: int) -> Tensor:
     return torch.tensor(list(dict.fromkeys(shared + turns))[:size], dtype=torch.int64).sort().values
 
 
+def union(maps: dict[str, Tensor]) -> Tensor:
+    """All languages' maps together, sorted int64; `mixed` is no language."""
+    return torch.cat([ids for name, ids in maps.items() if name != MIXED]).unique()
+
+
 def parse_maps(text: str) -> dict[str, str]:
     """'en=a.pt,zh=b.pt' -> {'en': 'a.pt', 'zh': 'b.pt'}. Raises InputError."""
     found: dict[str, str] = {}
@@ -172,7 +177,7 @@ def read(text: str, policy: str, tokenizer, vocab_size: int, context_rows: int =
         maps[name] = load_map(path, tokenizer, vocab_size)
     langs = {name: ids for name, ids in maps.items() if name != MIXED}
     if policy == UNION:
-        maps = {UNION: torch.cat(list(langs.values())).unique()}
+        maps = {UNION: union(maps)}
         maps[MIXED] = maps[UNION]
     else:
         sizes = {name: len(ids) for name, ids in maps.items()}

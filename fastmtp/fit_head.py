@@ -29,6 +29,7 @@ from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import load
 from fastmtp.export import PREFIX
 from fastmtp.modeling_mimo import MiMoForCausalLM
+from fastmtp.prepare_model import take_over
 
 SINKS = 4  # the first positions' states are huge (attention sinks, arXiv 2309.17453) and like no others
 RIDGE = 1e-4  # of the mean square of a feature: directions that the text hardly shows stay small
@@ -50,7 +51,7 @@ def equations(net: MiMoForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
 def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Tensor], float, int]:
     """Head tensors by full name, the share of the targets' square that W explains, and the number of positions.
 
-    The norms of the two streams become ones. InputError for fewer positions than W has columns.
+    The head of `net` becomes the solved one. InputError for fewer positions than W has columns.
     """
     weight, width = net.lm_head.weight, net.config.hidden_size
     for norm in (net.head.hidden_layernorm, net.head.token_layernorm):
@@ -69,19 +70,9 @@ def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Ten
     ridge = RIDGE * square.diagonal().mean() * torch.eye(2 * width, dtype=torch.float64, device=weight.device)
     solved = torch.linalg.solve(square + ridge, cross)
     left = total - 2 * (solved * cross).sum().item() + (solved * (square @ solved)).sum().item()
-    return taken_over(net, solved.T), 1 - left / total, positions
-
-
-def taken_over(net: MiMoForCausalLM, input_proj: Tensor) -> dict[str, Tensor]:
-    """The last decoder layer and the final norm as a head with this input matrix [H, 2H]."""
-    layer = net.model.layers[-1].state_dict()
-    layer["input_proj.weight"] = input_proj
-    layer["final_layernorm.weight"] = net.model.norm.weight.data
-    for name in ("hidden_layernorm.weight", "token_layernorm.weight"):
-        layer[name] = torch.ones_like(net.model.norm.weight.data)
-    dtype = net.lm_head.weight.dtype
-    # Llama-type layers have biases here too: prepare_model gives every backbone zeros
-    return {f"{PREFIX}0.{name}": tensor.to(dtype).cpu().clone().contiguous() for name, tensor in layer.items()}
+    take_over(net.head, net.model.layers[-1].state_dict(), solved.T, net.model.norm.weight)
+    head = {name: tensor.detach() for name, tensor in net.state_dict().items() if name.startswith(PREFIX)}
+    return head, 1 - left / total, positions
 
 
 def parser() -> Parser:

@@ -98,10 +98,15 @@ def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMo
     state = {name[len(last) :]: tensor for name, tensor in tensors.items() if name.startswith(last)}
     for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
         state[name] = state[name] * 0.1
-    ones = torch.ones(config.hidden_size)
-    state |= {f"{norm}_layernorm.weight": ones for norm in ("token", "hidden", "final")}
-    state["input_proj.weight"] = torch.eye(config.hidden_size).repeat(1, 2) * 0.5
-    head.load_state_dict(state, strict=True)
+    width = config.hidden_size
+    take_over(head, state, torch.eye(width).repeat(1, 2) * 0.5, torch.ones(width))
+
+
+def take_over(head: MiMoMTPLayer, layer: dict[str, torch.Tensor], input_proj: torch.Tensor, final_norm: torch.Tensor) -> None:
+    """Make `head` the decoder layer `layer` (names within it), fed through `input_proj` [H, 2H]; ones as the streams' norms."""
+    ones = torch.ones_like(final_norm)
+    own = {"input_proj": input_proj, "token_layernorm": ones, "hidden_layernorm": ones, "final_layernorm": final_norm}
+    head.load_state_dict(layer | {f"{name}.weight": tensor for name, tensor in own.items()}, strict=True)
 
 
 def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:

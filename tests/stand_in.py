@@ -65,12 +65,12 @@ def accounting(tokens: int, num_steps: int) -> tuple[int, list[int]]:
     return passes, histogram
 
 
-def free_port(count: int = 8) -> int:
-    """The first of `count` free ports in a row, below those that the system gives to outgoing connections."""
+def free_port() -> int:
+    """The first of eight free ports in a row, below those that the system gives to outgoing connections."""
     while True:
         first = random.SystemRandom().randrange(15000, 30000)
         with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
-            for port in range(first, first + count):
+            for port in range(first, first + 8):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
 

@@ -1,22 +1,16 @@
 """The bound on accept lengths with a map: by hand, and never under what a real head gets."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import vocab_bound
 from fastmtp.acceptance import measure_at
 from fastmtp.cli import InputError
 from fastmtp.draft_vocab import DraftVocab
 from fastmtp.script_table import ScriptTable
-
-SOURCE = Path(__file__).resolve().parent.parent / "benchmarks" / "vocab_bound.py"
-spec = importlib.util.spec_from_file_location("vocab_bound", SOURCE)
-vocab_bound = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(vocab_bound)
 
 
 def vocab(maps: dict[str, list[int]], size: int, context_rows: int = 0) -> DraftVocab:
