@@ -1,9 +1,12 @@
-"""Curation at scale: seconds, memory, recall of planted near-duplicates and false removals, at 100,000 samples.
+"""Curation at scale: seconds, memory, recall of planted near-duplicates and false removals, at 100,000
+samples.
 
-The set is made of local question-answer files (`{"prompt", "response"}` a line) and, where they do not suffice, of
-chats glued together from sentences of many rows. A first run removes the duplicates that are in it by nature. Then 5 %
-of edited copies go in, at random places, with up to a tenth of the words replaced, left out or inserted, and the
-command runs again: every pair of which both halves survive is a miss, every other sample that falls is a false removal.
+The set is made of local question-answer files (`{"prompt", "response"}` a line) and, where they do not
+suffice, of chats glued together from sentences of many rows. A first run removes the duplicates that are in
+it by nature. Then 5 % of edited copies go in, at random places, with up to a tenth of the words replaced,
+left out or inserted, and the
+command runs again: every pair of which both halves survive is a miss, every other sample that falls is a
+false removal.
 
     python benchmarks/curate.py --pairs DIR --out build/curate --results results/curate.md
 """
@@ -25,7 +28,7 @@ import psutil
 
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.files import read_jsonl, write_jsonl
-from fastmtp.lang import detect
+from fastmtp.vocab.lang import detect
 
 # A word, a Chinese character or a stretch of white space; only white space is never edited.
 UNIT = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+|\s+")
@@ -46,7 +49,9 @@ def edited(text: str, count: int, vocabulary: list[str], rng: random.Random) -> 
     return "".join(units)
 
 
-def plant(prompt: str, answer: str, share: float, vocabulary: list[str], rng: random.Random) -> tuple[str, str]:
+def plant(
+    prompt: str, answer: str, share: float, vocabulary: list[str], rng: random.Random
+) -> tuple[str, str]:
     """A near-copy with between one word and `share` of all words changed, spread over prompt and answer."""
     sizes = [len(word_places(text)[1]) for text in (prompt, answer)]
     changes = rng.randint(1, int(share * sum(sizes)))
@@ -72,14 +77,19 @@ def sample(name: str, source: str, prompt: str, answer: str) -> dict:
 
 
 def base_rows(pairs: Path, count: int, words: int, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(source, prompt, answer): the files' rows, then glued ones; with `words`, only glued ones of that many words."""
+    """(source, prompt, answer): the files' rows, then glued ones; with `words`, only glued ones of that many
+    words.
+    """
     files = sorted(pairs.glob("*.jsonl*"))
     rows = [(p.name.split(".")[0], r["prompt"], r["response"]) for p in files for _, r in read_jsonl(p)]
     if not rows:
         raise InputError(f"{pairs}: no .jsonl or .jsonl.gz file; give a folder of {{prompt, response}} files")
     rng.shuffle(rows)
     sentences = [
-        s + "." for _, _, answer in rows for s in answer.replace("\n", " ").split(". ") if 6 <= s.count(" ") < 40
+        s + "."
+        for _, _, answer in rows
+        for s in answer.replace("\n", " ").split(". ")
+        if 6 <= s.count(" ") < 40
     ]
     chosen = [] if words else rows[:count]
     while len(chosen) < count:
@@ -100,7 +110,10 @@ def curate(source: Path, out: Path, workers: int) -> tuple[float, float]:
         while not done.wait(0.5):
             total = 0
             try:
-                for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                for child in [
+                    psutil.Process(process.pid),
+                    *psutil.Process(process.pid).children(recursive=True),
+                ]:
                     total += child.memory_full_info().pss
             except psutil.NoSuchProcess:
                 continue
@@ -159,7 +172,9 @@ def measure(args, words: int) -> str:
     seconds, gigabytes = curate(out / "planted.jsonl", out / "planted", args.workers)
     alive = survivors(out / "planted")
     missed = Counter(
-        original["source"] for original, copy in pairs if row_key(original) in alive and row_key(copy) in alive
+        original["source"]
+        for original, copy in pairs
+        if row_key(original) in alive and row_key(copy) in alive
     )
     twins = {row_key(original) for original, _ in pairs}
     wrong = sum(row_key(rows[k]) not in alive and row_key(rows[k]) not in twins for k in kept)
@@ -178,11 +193,17 @@ def parser() -> Parser:
         "Time, memory, recall and false removals of curation with planted near-duplicates.",
         "python benchmarks/curate.py --pairs data/pairs --out build/curate --results results/curate.md",
     )
-    p.add_argument("--pairs", required=True, help='folder of .jsonl[.gz] files, {"prompt", "response"} a line')
+    p.add_argument(
+        "--pairs", required=True, help='folder of .jsonl[.gz] files, {"prompt", "response"} a line'
+    )
     p.add_argument("--out", required=True, help="folder for the made-up sets and the outputs")
     p.add_argument("--samples", type=int, default=100_000)
-    p.add_argument("--edit", type=float, default=0.1, help="most of a copy's words that are changed (default 0.1)")
-    p.add_argument("--words", type=int, nargs="+", default=[0], help="0: the files' rows; N: glued rows of N words")
+    p.add_argument(
+        "--edit", type=float, default=0.1, help="most of a copy's words that are changed (default 0.1)"
+    )
+    p.add_argument(
+        "--words", type=int, nargs="+", default=[0], help="0: the files' rows; N: glued rows of N words"
+    )
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--results", help="markdown file to write the table to")

@@ -1,8 +1,8 @@
 """How fast answers can be distilled: output tokens per second over engines on one GPU and chats in flight.
 
-The engines are started once; each combination answers its own part of the prompts with some of them, and every
-answer is kept as a distilled sample. `--all` then answers all that is left with the best combination. Options that are
-not listed here are those of fastmtp.distill.
+The engines are started once; each combination answers its own part of the prompts with some of them, and
+every answer is kept as a distilled sample. `--all` then answers all that is left with the best combination.
+Options that are not listed here are those of fastmtp.distill.
 
     python benchmarks/distill.py --try 1x1024 2x2048 4x4096 --all --model models/smollm2 \\
         --prompts data/pairs/*_en.jsonl.gz --max-new-tokens 512 --out results/distill/distilled.jsonl
@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from fastmtp import distill
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.engines import engines
+from fastmtp.data.engines import engines
+from fastmtp.data.journal import Journal
+from fastmtp.data.prompts import Chat
 from fastmtp.files import atomic, write_json
-from fastmtp.journal import Journal
-from fastmtp.prompts import Chat
 
 HEAD = "| run | engines | in flight | prompts | output tokens | seconds | tokens/s | tokens/s, middle half |"
 WARM = 64  # prompts an engine that are not measured: its first ones compile kernels
@@ -61,7 +61,13 @@ def figures(times: list[tuple[float, int]], started: float) -> dict:
 
 def line(row: dict) -> str:
     cells = [row["run"], row["engines"], row["in_flight"], f"{row['prompts']:,}", f"{row['output_tokens']:,}"]
-    return "| " + " | ".join(map(str, [*cells, row["seconds"], f"{row['tokens_per_s']:,}", f"{row['steady_tokens_per_s']:,}"])) + " |"
+    return (
+        "| "
+        + " | ".join(
+            map(str, [*cells, row["seconds"], f"{row['tokens_per_s']:,}", f"{row['steady_tokens_per_s']:,}"])
+        )
+        + " |"
+    )
 
 
 class Part:
@@ -74,13 +80,17 @@ class Part:
         return iter(self.part)
 
 
-def measure(name: str, urls: list[str], in_flight: int, part: list[Chat], args, journal: Clock, left_s: float) -> dict | None:
+def measure(
+    name: str, urls: list[str], in_flight: int, part: list[Chat], args, journal: Clock, left_s: float
+) -> dict | None:
     """Answer `part` within `left_s` seconds; None when nothing came back in that time."""
     args.in_flight, journal.times = in_flight, []
     started = time.perf_counter()
 
     async def bounded() -> None:
-        with tqdm(total=len(part), desc=f"{name} {len(urls)}x{in_flight}", unit="prompt", disable=None) as bar:
+        with tqdm(
+            total=len(part), desc=f"{name} {len(urls)}x{in_flight}", unit="prompt", disable=None
+        ) as bar:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(left_s, 1)):
                     await distill.ask_servers(urls, args, Part(part), journal, bar)
@@ -113,11 +123,29 @@ def parser() -> Parser:
         "python benchmarks/distill.py --try 1x1024 4x4096 --all --model models/smollm2 \\\n"
         "    --prompts examples/prompts.jsonl --max-new-tokens 512 --out build/distill/distilled.jsonl",
     )
-    p.add_argument("--try", dest="combinations", nargs="+", required=True, metavar="ENGINESxFLIGHT", help="such as 2x1024")
-    p.add_argument("--rounds", type=int, default=4, help="prompts a combination, per chat in flight (default %(default)s)")
+    p.add_argument(
+        "--try",
+        dest="combinations",
+        nargs="+",
+        required=True,
+        metavar="ENGINESxFLIGHT",
+        help="such as 2x1024",
+    )
+    p.add_argument(
+        "--rounds",
+        type=int,
+        default=4,
+        help="prompts a combination, per chat in flight (default %(default)s)",
+    )
     p.add_argument("--all", action="store_true", help="then answer the rest with the best combination")
     p.add_argument("--results", metavar="MD", help="write the table there, with the machine and the command")
-    p.add_argument("--stop-after", type=float, default=1e9, metavar="S", help="end after so many seconds with what there is")
+    p.add_argument(
+        "--stop-after",
+        type=float,
+        default=1e9,
+        metavar="S",
+        help="end after so many seconds with what there is",
+    )
     return p
 
 
@@ -142,24 +170,37 @@ def main() -> None:
     with Clock(out, questions.keys) as journal:
         todo = [chat for chat in questions.chats() if chat.key not in journal.done]
         random.Random(args.seed).shuffle(todo)  # so that every combination answers the same mix
-        with engines(args.model, most, most * deepest, args.dtype, argv[cut + 1 :], out.parent / "logs") as urls:
+        with engines(
+            args.model, most, most * deepest, args.dtype, argv[cut + 1 :], out.parent / "logs"
+        ) as urls:
             start_s = round(time.perf_counter() - begun, 1)
             print(f"{most} engines answer after {start_s} s\n\n{HEAD}\n{RULE}", flush=True)
             warm, todo = todo[: WARM * most], todo[WARM * most :]
             measure("warm-up", urls, WARM * most, warm, args, journal, left())
             for count, flight in combinations:
                 part, todo = todo[: own.rounds * flight], todo[own.rounds * flight :]
-                if part and left() > 10 and (row := measure("try", urls[:count], flight, part, args, journal, left())):
+                if (
+                    part
+                    and left() > 10
+                    and (row := measure("try", urls[:count], flight, part, args, journal, left()))
+                ):
                     rows.append(row)
             if own.all and todo and rows:
                 best = max(rows, key=lambda row: row["steady_tokens_per_s"])
-                rows.append(measure("all", urls[: best["engines"]], best["in_flight"], todo, args, journal, left()))
+                rows.append(
+                    measure("all", urls[: best["engines"]], best["in_flight"], todo, args, journal, left())
+                )
             rows = [row for row in rows if row]
             if own.results:
                 with atomic(own.results) as temporary:
                     temporary.write_text(report(rows, start_s, len(journal.done)), encoding="utf-8")
-            write_json(out.with_suffix(".bench.json"), {"start_s": start_s, "rows": rows, "answers": len(journal.done)})
-    print(f"\n{json.dumps({'answers': len(journal.done), 'failed': journal.failed, 'of': len(questions.keys)})}")
+            write_json(
+                out.with_suffix(".bench.json"),
+                {"start_s": start_s, "rows": rows, "answers": len(journal.done)},
+            )
+    print(
+        f"\n{json.dumps({'answers': len(journal.done), 'failed': journal.failed, 'of': len(questions.keys)})}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The Qwen2 tokenizer (MiMo-7B's as well) as a folder, without the Hub: from the merge ranks in PyPI's `dashscope`.
+"""The Qwen2 tokenizer (MiMo-7B's as well) as a folder, without the Hub: from the merge ranks in PyPI's
+`dashscope`.
 
-The ranks (`resources/qwen.tiktoken`) give vocabulary and merges; the pre-tokenizer is the one of transformers' own
-Qwen2 class; the added tokens are Qwen2.5's 22. `--check FILE` encodes a text file's lines by two independent
+The ranks (`resources/qwen.tiktoken`) give vocabulary and merges; the pre-tokenizer is the one of
+transformers' own Qwen2 class; the added tokens are Qwen2.5's 22. `--check FILE` encodes a text file's lines
+by two independent
 implementations, tokenizers and tiktoken, and decodes them again: any difference ends with exit code 1.
 
     pip install dashscope tiktoken
@@ -37,7 +39,9 @@ def find_ranks() -> Path:
 
 
 def build(ranks: Path):
-    """A transformers Qwen2 tokenizer from a .tiktoken file; InputError where it does not hold Qwen2's 151,643 ranks."""
+    """A transformers Qwen2 tokenizer from a .tiktoken file; InputError where it does not hold Qwen2's 151,643
+    ranks.
+    """
     from transformers import AddedToken, Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -46,11 +50,17 @@ def build(ranks: Path):
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{ranks}: not a .tiktoken file ({error})") from None
     if sorted(vocab.values()) != list(range(RANKS)):
-        raise InputError(f"{ranks}: {len(vocab)} ranks instead of Qwen2's {RANKS}; take dashscope's qwen.tiktoken")
+        raise InputError(
+            f"{ranks}: {len(vocab)} ranks instead of Qwen2's {RANKS}; take dashscope's qwen.tiktoken"
+        )
     # The class gives ids to added tokens in its own order, unless the vocabulary has them already.
     vocab |= {token: RANKS + i for i, token in enumerate(ADDED)}
-    tokenizer = Qwen2Tokenizer(vocab, merges, unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=i < SPECIAL) for i, token in enumerate(ADDED)])
+    tokenizer = Qwen2Tokenizer(
+        vocab, merges, unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=i < SPECIAL) for i, token in enumerate(ADDED)]
+    )
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """Training speed of the head: tokens a second, useful TFLOP/s against the card's own matrix rate, and memory.
 
-Dummy weights of the real shape (bfloat16 backbone, float32 head under autocast), synthetic documents of 32 to 4,096
-tokens with a mean near 700, a quarter of each a prompt; the same documents and the same AdamW for both
+Dummy weights of the real shape (bfloat16 backbone, float32 head under autocast), synthetic documents of 32 to
+4,096 tokens with a mean near 700, a quarter of each a prompt; the same documents and the same AdamW for both
 
     ours         documents packed into rows of --packed-length, frozen backbone without a graph, `exact` attention on
                  flash kernels, cross-entropy where targets are; a step of the optimiser each row
@@ -9,10 +9,11 @@ tokens with a mean near 700, a quarter of each a prompt; the same documents and 
                  checkpointing through the frozen backbone, next-token logits computed (and weighted 0), float32 logits
                  of every position at each step, `paper` attention; a step of the optimiser every eight documents
 
-Useful operations are those that the result needs, whichever way it is computed: 2 a weight and token for the backbone's
-forward pass, and 4 * heads * head width for each visible pair of its attention; for the head three times that (forward
-and backward), at all tokens for step 1 and at anchors with a target for later steps; 4 a weight of the output matrix
-for each target (logits, and the gradient of their input). Padding, recomputation and logits of prompts count nothing.
+Useful operations are those that the result needs, whichever way it is computed: 2 a weight and token for the
+backbone's forward pass, and 4 * heads * head width for each visible pair of its attention; for the head three
+times that (forward and backward), at all tokens for step 1 and at anchors with a target for later steps; 4 a
+weight of the output matrix for each target (logits, and the gradient of their input). Padding, recomputation
+and logits of prompts count nothing.
 
     python benchmarks/train_throughput.py --shape mimo-7b --out results/train_throughput/mimo-7b.json
 """
@@ -32,9 +33,9 @@ from transformers import Qwen2ForCausalLM
 
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.losses import IGNORE, step_targets, step_weights
-from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM
-from fastmtp.recursion import layout, recurse
+from fastmtp.head.losses import IGNORE, step_targets, step_weights
+from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.head.recursion import layout, recurse
 
 MIMO_7B = dict(
     hidden_size=4096,
@@ -115,7 +116,9 @@ def pack(documents: list[tuple[Tensor, Tensor]], length: int) -> list[dict[str, 
 
 def paper_style_loss(net: MiMoForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
     """The loss of one document, everything by autograd."""
-    hidden = net.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).last_hidden_state
+    hidden = net.model(
+        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+    ).last_hidden_state
     positions, segments = layout(input_ids.shape, input_ids.device, None, None)
     steps = net.config.mtp_num_steps
     states = recurse(
@@ -124,7 +127,9 @@ def paper_style_loss(net: MiMoForCausalLM, input_ids: Tensor, labels: Tensor) ->
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
     targets = [shifted, *step_targets(labels, segments, steps)]
     total = torch.zeros((), device=hidden.device)
-    for weight, state, target in zip([0.0, *step_weights(steps, 0.6)], [hidden, *states], targets, strict=True):
+    for weight, state, target in zip(
+        [0.0, *step_weights(steps, 0.6)], [hidden, *states], targets, strict=True
+    ):
         logits = net.lm_head(state).float()
         total = total + weight * F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
     return total
@@ -174,8 +179,12 @@ class Trainer:
     def __init__(self, net: MiMoForCausalLM, impl: str, device: str, recompute: bool):
         self.net, self.impl, self.device = net, impl, device
         self.optimiser = torch.optim.AdamW(net.head.parameters(), lr=1e-5, fused=True)
-        if impl == "paper-style":  # stock Qwen2's checkpointing, all through the backbone; ours leaves that out
-            Qwen2ForCausalLM.gradient_checkpointing_enable(net, gradient_checkpointing_kwargs={"use_reentrant": True})
+        if (
+            impl == "paper-style"
+        ):  # stock Qwen2's checkpointing, all through the backbone; ours leaves that out
+            Qwen2ForCausalLM.gradient_checkpointing_enable(
+                net, gradient_checkpointing_kwargs={"use_reentrant": True}
+            )
             net.enable_input_require_grads()
         elif recompute:
             net.gradient_checkpointing_enable()
@@ -192,7 +201,9 @@ class Trainer:
         self.optimiser.zero_grad()
 
 
-def steps_of(impl: str, documents: list[tuple[Tensor, Tensor]], packed_length: int) -> list[list[dict[str, Tensor]]]:
+def steps_of(
+    impl: str, documents: list[tuple[Tensor, Tensor]], packed_length: int
+) -> list[list[dict[str, Tensor]]]:
     """The batches of each step of the optimiser."""
     if impl == "ours":
         return [[row] for row in pack(documents, packed_length)]
@@ -234,7 +245,9 @@ def measure(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "useful_tflops": round(useful_operations(shape, documents, num_steps) / seconds / 1e12, 2),
-        "peak_gib_above_weights": round((torch.cuda.max_memory_allocated() - weights) / 2**30, 2) if weights else None,
+        "peak_gib_above_weights": round((torch.cuda.max_memory_allocated() - weights) / 2**30, 2)
+        if weights
+        else None,
     }
 
 
@@ -251,7 +264,12 @@ def table(config: dict, rows: list[dict]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
-        cells = (row["tokens_per_second"], row["useful_tflops"], f"{row['share_of_matrix_rate']:.1%}", row["peak_gib_above_weights"])
+        cells = (
+            row["tokens_per_second"],
+            row["useful_tflops"],
+            f"{row['share_of_matrix_rate']:.1%}",
+            row["peak_gib_above_weights"],
+        )
         lines.append(f"| {row['impl']} | " + " | ".join(str(cell) for cell in cells) + " |")
     lines += ["", f"Matrix rate, bfloat16, 8192 x 8192, in the same run: {rows[0]['matrix_tflops']} TFLOP/s."]
     if len(rows) == 2:
@@ -267,7 +285,9 @@ def parser() -> Parser:
         "python benchmarks/train_throughput.py --shape mimo-7b --out results/train_throughput/mimo-7b.json",
     )
     p.add_argument("--shape", choices=SHAPES, default="mimo-7b", help="model shape (default mimo-7b)")
-    p.add_argument("--impl", choices=IMPLEMENTATIONS, nargs="+", default=list(IMPLEMENTATIONS), help="default: both")
+    p.add_argument(
+        "--impl", choices=IMPLEMENTATIONS, nargs="+", default=list(IMPLEMENTATIONS), help="default: both"
+    )
     p.add_argument("--packed-length", type=int, default=8192, help="tokens of a row, ours (default 8192)")
     p.add_argument("--num-steps", type=int, default=3, help="recursive steps K (default 3)")
     p.add_argument("--documents", type=int, default=200, help="documents to train on (default 200)")
@@ -282,7 +302,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     for name, least in (("packed_length", 4096), ("num_steps", 1), ("documents", 1)):
         if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}"
+            )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = SHAPES[args.shape]
     if device == "cpu" and args.shape != "smollm2":
@@ -291,8 +313,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rate = matrix_rate(device) / 1e12
     rows = []
     for impl in args.impl:
-        row = measure(impl, shape, documents, args.num_steps, args.packed_length, args.compile, args.recompute)
-        row |= {"matrix_tflops": round(rate, 1), "share_of_matrix_rate": round(row["useful_tflops"] / rate, 4)}
+        row = measure(
+            impl, shape, documents, args.num_steps, args.packed_length, args.compile, args.recompute
+        )
+        row |= {
+            "matrix_tflops": round(rate, 1),
+            "share_of_matrix_rate": round(row["useful_tflops"] / rate, 4),
+        }
         rows.append(row)
         print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
         if device == "cuda":

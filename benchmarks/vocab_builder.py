@@ -1,8 +1,11 @@
-"""How fast `fastmtp.build_vocab` counts, and how much memory it takes: MB of text/s, tokens/s, peak of all processes.
+"""How fast `fastmtp.build_vocab` counts, and how much memory it takes: MB of text/s, tokens/s, peak of all
+processes.
 
-The tokenizer's load is not timed; reading, parsing, language detection and counting are. `--repeat N` counts the corpus
-N times over, as one that much larger: the peak must not grow with it. On a machine that others use as well, MB per
-core-second is the figure to compare. Memory is sampled as PSS, which counts what workers share once; Linux only.
+The tokenizer's load is not timed; reading, parsing, language detection and counting are. `--repeat N` counts
+the corpus
+N times over, as one that much larger: the peak must not grow with it. On a machine that others use as well,
+MB per core-second is the figure to compare. Memory is sampled as PSS, which counts what workers share once;
+Linux only.
 
     python benchmarks/vocab_builder.py --tokenizer models/qwen2 --input 'pairs/*.jsonl.gz' --column response
 """
@@ -16,10 +19,10 @@ import threading
 from collections.abc import Sequence
 from itertools import chain
 
-from fastmtp import corpus
-from fastmtp.build_vocab import load_tokenizer
 from fastmtp.cli import Parser, run
-from fastmtp.token_counts import Counter, Counts
+from fastmtp.tokenizer import load_tokenizer
+from fastmtp.vocab import corpus
+from fastmtp.vocab.token_counts import Counter, Counts
 
 
 def memory() -> float:
@@ -40,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--tokenizer", required=True, help="model folder or Hub name")
     p.add_argument("--input", nargs="+", required=True, help="files or patterns, as for build_vocab")
     p.add_argument("--column", help="as for build_vocab")
-    p.add_argument("--lang", help="count all text as this language (default: detect each row's, which is slower)")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes to count with (default: all cores)")
+    p.add_argument(
+        "--lang", help="count all text as this language (default: detect each row's, which is slower)"
+    )
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes to count with (default: all cores)"
+    )
     p.add_argument("--repeat", type=int, default=1, help="count the corpus this many times over (default 1)")
     args = p.parse_args(argv)
 
@@ -59,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     threading.Thread(target=sample, daemon=True).start()
     start = os.times()
     counter.count(
-        chain.from_iterable(corpus.file_chunks(paths, args.column) for _ in range(args.repeat)), counts, args.workers
+        chain.from_iterable(corpus.file_chunks(paths, args.column) for _ in range(args.repeat)),
+        counts,
+        args.workers,
     )
     end = os.times()
     finished.set()

@@ -1,10 +1,11 @@
-"""Does the server accept as many drafts as the model's arithmetic says? tau counted while serving against `fastmtp.acceptance`.
+"""Does the server accept as many drafts as the model's arithmetic says? tau counted while serving against
+`fastmtp.acceptance`.
 
     python -m evaluation.agreement --model models/NAME --arms baseline,fastmtp:3 --tasks math_500 --out results/NAME
 
-Takes the arguments and the `--out` of an `evaluation.run`. Each arm's own answers are gone through once more, teacher-forced, with
-exactly the computation that the head was trained in; a serving engine that computes something else accepts fewer drafts.
-Exit code 1 where the two differ by more than `--tolerance`.
+Takes the arguments and the `--out` of an `evaluation.run`. Each arm's own answers are gone through once more,
+teacher-forced, with exactly the computation that the head was trained in; a serving engine that computes
+something else accepts fewer drafts. Exit code 1 where the two differ by more than `--tolerance`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import sys
 from pathlib import Path
 
 from evaluation import harness, metrics
-from evaluation.arms import Arm
+from evaluation.plan import Arm, Plan, add_arguments
 from evaluation.questions import Task, question_keys
-from evaluation.run import Plan, add_arguments, ask_or_exit, split_flags
+from evaluation.run import ask_or_exit
 from fastmtp import acceptance, decoding
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.engines.sglang import split_flags
 from fastmtp.files import write_json, write_provenance
-from fastmtp.token_map import load_token_map
+from fastmtp.vocab.token_map import load_token_map
 
 
 def samples_of(tokenizer, task: Task, questions: list[list[str]], answers: list[dict]) -> list[dict]:
-    """Every turn of the answers with its prompt, as `acceptance.measure` takes them. Empty outputs have no passes."""
+    """Every turn of the answers with its prompt, as `acceptance.measure` takes them. Empty outputs have no
+    passes.
+    """
     user_turns = dict(zip(question_keys(task, questions), questions, strict=True))
     found = []
     for row in answers:
@@ -38,7 +42,9 @@ def samples_of(tokenizer, task: Task, questions: list[list[str]], answers: list[
 
 
 def compare(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], dtype: str) -> list[dict]:
-    """One row an arm and task: `{"arm", "task", "questions", "served": {...}, "computed": {...}, "difference"}` (of tau)."""
+    """One row an arm and task: `{"arm", "task", "questions", "served": {...}, "computed": {...},
+    "difference"}` (of tau).
+    """
     rows, models = [], {}
     for arm, task, answers in found:
         if not arm.num_steps:
@@ -56,8 +62,14 @@ def compare(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], dtype: str) -
                 "arm": arm.name,
                 "task": task.name,
                 "questions": len(answers),
-                "served": {"accept_length": tau, "position_rates": metrics.position_rates(answers, arm.num_steps)},
-                "computed": {"accept_length": computed.accept_length, "position_rates": computed.position_rates},
+                "served": {
+                    "accept_length": tau,
+                    "position_rates": metrics.position_rates(answers, arm.num_steps),
+                },
+                "computed": {
+                    "accept_length": computed.accept_length,
+                    "position_rates": computed.position_rates,
+                },
                 "difference": tau - computed.accept_length,
             }
         )
@@ -65,7 +77,9 @@ def compare(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], dtype: str) -
 
 
 def markdown(rows: list[dict]) -> str:
-    lines = ["| arm | task | questions | tau served | tau computed | difference | rates served | rates computed |"]
+    lines = [
+        "| arm | task | questions | tau served | tau computed | difference | rates served | rates computed |"
+    ]
     lines.append("|---|---|---:|---:|---:|---:|---|---|")
     for row in rows:
         rates = [" ".join(f"{x:.3f}" for x in row[side]["position_rates"]) for side in ("served", "computed")]
@@ -84,7 +98,9 @@ def parser() -> Parser:
         " --device cuda --out results/smollm2",
     )
     add_arguments(p)
-    p.add_argument("--tolerance", type=float, default=0.03, help="difference in tau allowed (default %(default)s)")
+    p.add_argument(
+        "--tolerance", type=float, default=0.03, help="difference in tau allowed (default %(default)s)"
+    )
     return p
 
 

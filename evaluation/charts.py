@@ -2,7 +2,8 @@
 
     python -m evaluation.charts results/NAME
 
-draws them again, or for the first time where the measuring machine had no matplotlib; also a speed.json's picture.
+draws them again, or for the first time where the measuring machine had no matplotlib; also a speed.json's
+picture.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def radar(report: dict, arms: list[str]):
     closed = [*angles, angles[0]]
     axes.plot(closed, [1.0] * len(closed), color="grey", linewidth=1.2, label="plain decoding")
     for name in arms:
-        axes.plot(closed, [*speed[name], speed[name][0]], **looks[name], linewidth=1.8, markersize=4, label=name)
+        axes.plot(
+            closed, [*speed[name], speed[name][0]], **looks[name], linewidth=1.8, markersize=4, label=name
+        )
     axes.set_xticks(angles, names, fontsize=9)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
         side = math.sin(angle)  # labels on the right begin at the circle, those on the left end there
@@ -78,7 +81,9 @@ def radar(report: dict, arms: list[str]):
 
 
 def steps(report: dict, arms: list[str]):
-    """Mean accept length and mean speed-up (tokens/s without a baseline) against K, one line for each head and map."""
+    """Mean accept length and mean speed-up (tokens/s without a baseline) against K, one line for each head
+    and map.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0))
     has_speedup = all(report["average"][name]["speedup"] for name in arms)
     key = "speedup" if has_speedup else "throughput"
@@ -121,7 +126,8 @@ def acceptance(report: dict, arms: list[str]):
 
 
 def draw_speed_model(points: list[dict], out: Path) -> None:
-    """speed.png: speed-up against K, one line a draft vocabulary, measured and (thin) as memory bandwidth bounds it.
+    """speed.png: speed-up against K, one line a draft vocabulary, measured and (thin) as memory bandwidth
+    bounds it.
 
     No picture where nothing can be compared with plain decoding.
     """
@@ -179,7 +185,9 @@ def _save(figure, path: Path) -> None:
 
 
 def draw_folder(folder: str | Path) -> list[Path]:
-    """Draw what the folder's table.json and speed.json hold; the pictures made. Raises InputError for neither."""
+    """Draw what the folder's table.json and speed.json hold; the pictures made. Raises InputError for
+    neither.
+    """
     folder = existing(folder, "results folder")
     found = [folder / name for name in ("table.json", "speed.json") if (folder / name).exists()]
     if not found:
@@ -197,7 +205,9 @@ def draw_folder(folder: str | Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     p = Parser(
-        "python -m evaluation.charts", "Draw a results folder's pictures.", "python -m evaluation.charts results/NAME"
+        "python -m evaluation.charts",
+        "Draw a results folder's pictures.",
+        "python -m evaluation.charts results/NAME",
     )
     p.add_argument("folder", metavar="FOLDER")
     for path in draw_folder(p.parse_args(argv).folder):

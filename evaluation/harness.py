@@ -1,6 +1,7 @@
 """Everything the seven benchmarks share: prompts, asking, resuming, one command line.
 
-`collect` asks a task's questions and appends one line per finished question to an answer file; the same call after a kill asks only what is missing.
+`collect` asks a task's questions and appends one line per finished question to an answer file; the same call
+after a kill asks only what is missing.
 
     python -m evaluation.math_500.bench_sglang_eagle --port 30000 --num-questions 80
 """
@@ -18,9 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaluation import metrics
-from evaluation.client import Server
+from evaluation.backends import BackendError, Server, Turn
 from evaluation.questions import Task, digest, load_questions, question_keys
-from evaluation.turn import BackendError, Turn
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.files import provenance, read_jsonl, write_jsonl
@@ -78,7 +78,11 @@ async def collect(
         async def one(number: int) -> None:
             async with free:
                 turns = await _answer(backend, tokenizer, task, questions[number], settings, num_steps)
-                row = {"question": keys[number], "settings": settings.digest(), "turns": [asdict(t) for t in turns]}
+                row = {
+                    "question": keys[number],
+                    "settings": settings.digest(),
+                    "turns": [asdict(t) for t in turns],
+                }
                 with open(answer_file, "a", encoding="utf-8") as out:
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 done[keys[number]] = row
@@ -125,7 +129,9 @@ def chat_messages(task: Task, user: list[str], answers: list[str] = ()) -> list[
 
 
 def _checked(turn: Turn, num_steps: int) -> Turn:
-    """A turn whose accounting fits the arm. An answer of one token comes from prefill alone: nothing was verified."""
+    """A turn whose accounting fits the arm. An answer of one token comes from prefill alone: nothing was
+    verified.
+    """
     if num_steps == 0 and turn.verify_passes is not None:
         raise BackendError("the server drafts although this arm is plain decoding; start it with --no-spec")
     if num_steps and turn.verify_passes is None:
@@ -134,7 +140,9 @@ def _checked(turn: Turn, num_steps: int) -> Turn:
         turn.verify_passes = 0
     if len(turn.histogram) > num_steps + 1:
         drafts = len(turn.histogram) - 1
-        raise BackendError(f"a pass accepted {drafts} drafts in an arm of {num_steps} steps; the server's K is another")
+        raise BackendError(
+            f"a pass accepted {drafts} drafts in an arm of {num_steps} steps; the server's K is another"
+        )
     return turn
 
 
@@ -148,7 +156,9 @@ def read_answers(path: Path, settings: Settings) -> dict[str, dict]:
     done = {}
     for number, row in read_jsonl(path):
         if row.get("settings") != settings.digest():
-            raise InputError(f"{path}:{number}: made by another model, arm or setting; remove the file or name another")
+            raise InputError(
+                f"{path}:{number}: made by another model, arm or setting; remove the file or name another"
+            )
         done[row["question"]] = row
     return done
 
@@ -179,7 +189,9 @@ def gpu_name() -> str | None:
 
 def bench_config(task: Task, question_file: str | Path | None, settings: Settings, parallel: int) -> dict:
     source = (
-        {"file": Path(question_file).name} if question_file else {"dataset": task.dataset, "revision": task.revision}
+        {"file": Path(question_file).name}
+        if question_file
+        else {"dataset": task.dataset, "revision": task.revision}
     )
     shared = {"max_gen_length": settings.max_gen_length, "parallel": parallel, "seed": settings.seed}
     return shared | {"questions": source, "chat_template": "model"}
@@ -188,17 +200,29 @@ def bench_config(task: Task, question_file: str | Path | None, settings: Setting
 def parser(task: Task) -> Parser:
     name = f"evaluation.{task.name}.bench_sglang_eagle"
     example = f"python -m {name} --num-questions 80 --port 30000 --result-file results/bench.jsonl"
-    p = Parser(f"python -m {name}", f"{task.title} against a running SGLang server: accept length and speed.", example)
-    p.add_argument("--question-file", metavar="FILE", help=f"local .jsonl instead of {task.dataset} from the Hub")
+    p = Parser(
+        f"python -m {name}",
+        f"{task.title} against a running SGLang server: accept length and speed.",
+        example,
+    )
+    p.add_argument(
+        "--question-file", metavar="FILE", help=f"local .jsonl instead of {task.dataset} from the Hub"
+    )
     p.add_argument("--num-questions", type=int, default=80)
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--max-gen-length", type=int, default=1024, help="tokens an answer may have")
-    p.add_argument("--answer-file", metavar="FILE", help=f"default results/bench/{task.name}.ARM.answers.jsonl")
-    p.add_argument("--result-file", metavar="FILE", default="results/bench/results.jsonl", help="default %(default)s")
+    p.add_argument(
+        "--answer-file", metavar="FILE", help=f"default results/bench/{task.name}.ARM.answers.jsonl"
+    )
+    p.add_argument(
+        "--result-file", metavar="FILE", default="results/bench/results.jsonl", help="default %(default)s"
+    )
     p.add_argument("--parallel", type=int, default=1, help="requests in flight; speed-ups are defined at 1")
     p.add_argument("--host", default="http://127.0.0.1")
     p.add_argument("--port", type=int, default=30000)
-    p.add_argument("--model", metavar="FOLDER", help="folder of the tokenizer; default: the one the server names")
+    p.add_argument(
+        "--model", metavar="FOLDER", help="folder of the tokenizer; default: the one the server names"
+    )
     p.add_argument("--timeout", type=float, default=600.0, help="seconds one request may take")
     return p
 
@@ -228,17 +252,30 @@ async def _bench(task: Task, args, questions: list[list[str]]) -> dict:
     async with Server(f"{host}:{args.port}", args.timeout) as server:
         info = await server.info()
         settings_of_server = info["settings"]
-        num_steps = (settings_of_server.get("speculative_num_steps") or 0) if _drafts(settings_of_server) else 0
+        num_steps = (
+            (settings_of_server.get("speculative_num_steps") or 0) if _drafts(settings_of_server) else 0
+        )
         token_map = settings_of_server.get("speculative_token_map") if num_steps else None
         arm = (
-            "baseline" if not num_steps else f"fastmtp:{num_steps}" + (f"+{Path(token_map).stem}" if token_map else "")
+            "baseline"
+            if not num_steps
+            else f"fastmtp:{num_steps}" + (f"+{Path(token_map).stem}" if token_map else "")
         )
         tokenizer = load_tokenizer(args.model or info["tokenizer"])
         settings = Settings(
-            task.name, arm, info["model"], args.temperature, args.max_gen_length, dtype=settings_of_server.get("dtype")
+            task.name,
+            arm,
+            info["model"],
+            args.temperature,
+            args.max_gen_length,
+            dtype=settings_of_server.get("dtype"),
         )
-        answer_file = Path(args.answer_file or f"results/bench/{task.name}.{arm.replace(':', '-')}.answers.jsonl")
-        answers = await collect(server, tokenizer, task, questions, settings, answer_file, num_steps, args.parallel)
+        answer_file = Path(
+            args.answer_file or f"results/bench/{task.name}.{arm.replace(':', '-')}.answers.jsonl"
+        )
+        answers = await collect(
+            server, tokenizer, task, questions, settings, answer_file, num_steps, args.parallel
+        )
         return metrics.result_line(
             answers,
             task=task.name,
@@ -263,7 +300,9 @@ def load_tokenizer(folder: str):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no tokenizer there ({str(error).splitlines()[0]}); give --model FOLDER") from None
+        raise InputError(
+            f"{folder}: no tokenizer there ({str(error).splitlines()[0]}); give --model FOLDER"
+        ) from None
 
 
 def _baseline(result_file: Path, task: str, model: str, questions: int) -> float | None:
@@ -294,7 +333,9 @@ def add_result(path: Path, line: dict) -> None:
 
 def summary(line: dict) -> str:
     """One readable line of a result."""
-    parts = [f"{line['task']} {line['arm']}: {line['num_questions']} questions, {line['output_tokens']} tokens"]
+    parts = [
+        f"{line['task']} {line['arm']}: {line['num_questions']} questions, {line['output_tokens']} tokens"
+    ]
     for key, text in (
         ("accept_length", "accept length {:.2f}"),
         ("throughput", "{:.1f} tok/s"),

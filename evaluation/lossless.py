@@ -1,11 +1,12 @@
-"""Is speculative text the model's own text? Greedy outputs of every arm against plain decoding, token by token.
+"""Is speculative text the model's own text? Greedy outputs of every arm against plain decoding, token by
+token.
 
     python -m evaluation.lossless --model models/NAME --arms baseline,fastmtp:3 --tasks math_500 --backend reference --out results/lossless
 
-In float32 every output must be identical. In bfloat16 verifying and decoding round differently, so texts part after
-a while; then the first differing token of each question is judged by the backbone in float32: where both tokens are
-within `--tolerance` of its top logit, rounding chose; where one is further away, a token was wrong. Exit code 1 for
-that. Answers already in the folder (say of evaluation.run) are judged as they are.
+In float32 every output must be identical. In bfloat16 verifying and decoding round differently, so texts part
+after a while; then the first differing token of each question is judged by the backbone in float32: where
+both tokens are within `--tolerance` of its top logit, rounding chose; where one is further away, a token was
+wrong. Exit code 1 for that. Answers already in the folder (say of evaluation.run) are judged as they are.
 """
 
 from __future__ import annotations
@@ -17,44 +18,56 @@ import torch
 from tqdm import tqdm
 
 from evaluation import harness
-from evaluation.arms import Arm
+from evaluation.plan import Arm, Plan, add_arguments
 from evaluation.questions import Task, question_keys
-from evaluation.run import Plan, add_arguments, ask_or_exit, split_flags
+from evaluation.run import ask_or_exit
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.engines.sglang import split_flags
 from fastmtp.files import write_json, write_provenance
 
 
 class Backbone:
-    """The model as plain decoding sees it, in float32 through stock transformers: no drafts, no cache, no kernels."""
+    """The model as plain decoding sees it, in float32 through stock transformers: no drafts, no cache, no
+    kernels.
+    """
 
     def __init__(self, folder: str, device: str):
         from transformers import AutoModelForCausalLM, logging
 
         logging.set_verbosity_error()  # it would list the MTP head's tensors, which plain decoding rightly leaves out
-        import fastmtp.modeling_mimo  # noqa: F401  (registers the released checkpoints' model type)
+        import fastmtp.head.modeling_mimo  # noqa: F401  (registers the released checkpoints' model type)
 
         self.net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
     @torch.inference_mode()
     def next_logits(self, ids: list[int]) -> torch.Tensor:
         """Logits [V] of the token after `ids`, float32."""
-        return self.net(input_ids=torch.tensor([ids], device=self.net.device), logits_to_keep=1).logits[0, -1].float()
+        return (
+            self.net(input_ids=torch.tensor([ids], device=self.net.device), logits_to_keep=1)
+            .logits[0, -1]
+            .float()
+        )
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:
-    """Index of the first differing token; the shorter length where one output only stops earlier; None if equal."""
+    """Index of the first differing token; the shorter length where one output only stops earlier; None if
+    equal.
+    """
     for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if a != b:
             return index
     return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
-def judge(backbone: Backbone, prompt: list[int], plain: list[int], drafted: list[int], tolerance: float) -> dict | None:
+def judge(
+    backbone: Backbone, prompt: list[int], plain: list[int], drafted: list[int], tolerance: float
+) -> dict | None:
     """What happened at the first difference of two greedy outputs; None where there is none.
 
-    `margin`: top logit less the second; `plain_gap`, `drafted_gap`: top logit less that of the token each chose
-    (None: that output ended there without an end token, which no rounding does). `rounding` is the verdict.
+    `margin`: top logit less the second; `plain_gap`, `drafted_gap`: top logit less that of the token each
+    chose (None: that output ended there without an end token, which no rounding does). `rounding` is the
+    verdict.
     """
     index = first_difference(plain, drafted)
     if index is None:
@@ -95,7 +108,9 @@ def compare(
             user = user_turns[row["question"]][: number + 1]
             messages = harness.chat_messages(task, user, [turn["text"] for turn in ours[:number]])
             ids = prompt_ids(tokenizer, messages)
-            verdict = judge(backbone, ids, theirs[number]["output_ids"], ours[number]["output_ids"], tolerance)
+            verdict = judge(
+                backbone, ids, theirs[number]["output_ids"], ours[number]["output_ids"], tolerance
+            )
             found.append({"task": task.name, "question": row["question"], "turn": number + 1} | verdict)
             break  # the next turn's prompt is another one
     return found
@@ -131,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--temperature: sampled outputs differ by design; losslessness is checked at 0")
     plan = Plan(args, sglang_flags)
     if plan.arms[0].name != "baseline" or len(plan.arms) < 2:
-        raise InputError("--arms: name the baseline and at least one drafting arm, for example baseline,fastmtp:3")
+        raise InputError(
+            "--arms: name the baseline and at least one drafting arm, for example baseline,fastmtp:3"
+        )
     found, _ = ask_or_exit(plan, 0)
     report = build(plan, found, args.tolerance)
     write_json(Path(args.out) / "lossless.json", report)
@@ -140,11 +157,15 @@ def main(argv: list[str] | None = None) -> None:
         print(summary(name, arm, plan.dtype))
     wrong = [name for name, arm in report["arms"].items() if arm["verdict"] == "NOT LOSSLESS"]
     if wrong:
-        sys.exit(f"evaluation.lossless: {', '.join(wrong)} changed the model's text; see {args.out}/lossless.json")
+        sys.exit(
+            f"evaluation.lossless: {', '.join(wrong)} changed the model's text; see {args.out}/lossless.json"
+        )
 
 
 def build(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], tolerance: float) -> dict:
-    """`{"dtype", "backend", "tolerance", "arms": {name: {"questions", "identical", "share", "verdict", "differences"}}}`."""
+    """`{"dtype", "backend", "tolerance", "arms": {name: {"questions", "identical", "share", "verdict",
+    "differences"}}}`.
+    """
     answers = {(arm.name, task.name): rows for arm, task, rows in found}
     backbone, tokenizer = Backbone(plan.args.model, plan.args.device), harness.load_tokenizer(plan.args.model)
     arms = {}
@@ -153,7 +174,9 @@ def build(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], tolerance: floa
         for task in plan.tasks:
             plain, drafted = answers["baseline", task.name], answers[arm.name, task.name]
             questions += len(drafted)
-            differences += compare(backbone, tokenizer, task, plan.questions[task.name], plain, drafted, tolerance)
+            differences += compare(
+                backbone, tokenizer, task, plan.questions[task.name], plain, drafted, tolerance
+            )
         same = questions - len(differences)
         arms[arm.name] = {
             "questions": questions,

@@ -1,7 +1,7 @@
 """From answers to numbers: accept length, per-position rates, throughput, and how far each can be trusted.
 
-An answer is `{"question", "turns": [Turn as a dict, ...]}`. Everything here is arithmetic on those, so that every
-figure in a report can be computed again from the answer files.
+An answer is `{"question", "turns": [Turn as a dict, ...]}`. Everything here is arithmetic on those, so that
+every figure in a report can be computed again from the answer files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def output_tokens(answers: list[dict]) -> int:
 
 def verify_passes(answers: list[dict]) -> int:
     """Verify passes; a decoder without speculation spends one pass a token."""
-    return sum(len(t["output_ids"]) if t["verify_passes"] is None else t["verify_passes"] for t in turns(answers))
+    return sum(
+        len(t["output_ids"]) if t["verify_passes"] is None else t["verify_passes"] for t in turns(answers)
+    )
 
 
 def accept_length(answers: list[dict]) -> float | None:
@@ -55,9 +57,13 @@ def wall_seconds(answers: list[dict]) -> float:
 
 
 def decode_throughput(answers: list[dict]) -> float | None:
-    """Tokens per second of one stream after its first token, so without prefill. None if all were one token long."""
+    """Tokens per second of one stream after its first token, so without prefill. None if all were one token
+    long.
+    """
     tokens = sum(len(t["output_ids"]) - t["first_tokens"] for t in turns(answers))
-    seconds = sum(t["latency_s"] - t["first_s"] for t in turns(answers) if len(t["output_ids"]) > t["first_tokens"])
+    seconds = sum(
+        t["latency_s"] - t["first_s"] for t in turns(answers) if len(t["output_ids"]) > t["first_tokens"]
+    )
     return tokens / seconds if tokens and seconds > 0 else None
 
 
@@ -72,17 +78,21 @@ def identical(answers: list[dict], reference: list[dict]) -> dict:
 
 
 def intervals(answers: list[dict], baseline: list[dict] | None, resamples: int = 2000, seed: int = 0) -> dict:
-    """95 % bootstrap intervals over questions: {"accept_length": [low, high], "throughput": ..., "speedup": ...}.
+    """95 % bootstrap intervals over questions: {"accept_length": [low, high], "throughput": ..., "speedup":
+    ...}.
 
-    Throughput here is tokens over summed request latencies, which is the reported throughput at one request at a
-    time. The speed-up is paired: each resample takes the same questions of both arms. One question has no interval.
+    Throughput here is tokens over summed request latencies, which is the reported throughput at one request
+    at a time. The speed-up is paired: each resample takes the same questions of both arms. One question has
+    no interval.
     """
     ours = {a["question"]: a for a in answers}
     theirs = {a["question"]: a for a in baseline or []}
     questions = [q for q in ours if q in theirs] if theirs else list(ours)
     if len(questions) < 2:
         return {}
-    columns = np.array([_sums(ours[q]) + (_sums(theirs[q]) if theirs else ()) for q in questions], dtype=float)
+    columns = np.array(
+        [_sums(ours[q]) + (_sums(theirs[q]) if theirs else ()) for q in questions], dtype=float
+    )
     picks = np.random.default_rng(seed).integers(len(questions), size=(resamples, len(questions)))
     sums = columns[picks].sum(axis=1)  # [resamples, columns]
     tokens, passes, seconds = sums[:, 0], sums[:, 1], sums[:, 2]
@@ -114,8 +124,9 @@ def result_line(
 ) -> dict:
     """The contract's line: exactly these keys, whoever writes it.
 
-    `speedup` divides throughputs, end to end, and is None without a baseline of the same questions. `lossless` is {}
-    without a baseline's answers, and when sampling (then only the distribution is kept, not the text).
+    `speedup` divides throughputs, end to end, and is None without a baseline of the same questions.
+    `lossless` is {} without a baseline's answers, and when sampling (then only the distribution is kept, not
+    the text).
     """
     tokens, wall = output_tokens(answers), wall_seconds(answers)
     throughput = tokens / wall if wall > 0 else None

@@ -16,7 +16,8 @@ SPEC_BENCH, SPEC_BENCH_REVISION = "RedHatAI/speculator_benchmarks", "2ae86affa2c
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark. `turns(row)` gives the user turns of one row; it raises KeyError for a row of another format.
+    """A benchmark. `turns(row)` gives the user turns of one row; it raises KeyError for a row of another
+    format.
 
     `hub_rows()` loads the published questions; `revision` None means that the Hub's newest is taken.
     """

@@ -1,4 +1,5 @@
-"""The paper's Table 1 for any model: speed-up and accept length by arm and task, with intervals and plain warnings.
+"""The paper's Table 1 for any model: speed-up and accept length by arm and task, with intervals and plain
+warnings.
 
 `build` makes the JSON from contract lines and answers; `markdown` and charts.py only show it.
 """
@@ -6,14 +7,16 @@
 from __future__ import annotations
 
 from evaluation import metrics
-from evaluation.arms import REPEAT
+from evaluation.plan import REPEAT
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
 FEW = 20  # questions below which an interval says little
 
 
 def build(lines: list[dict], answers: dict[tuple[str, str], list[dict]], titles: dict[str, str]) -> dict:
-    """`{"tasks", "titles", "arms", "cells": {arm: {task: {...}}}, "average": {arm: {...}}, "drift", "warnings"}`."""
+    """`{"tasks", "titles", "arms", "cells": {arm: {task: {...}}}, "average": {arm: {...}}, "drift",
+    "warnings"}`.
+    """
     arms = [name for name in dict.fromkeys(line["arm"] for line in lines) if name != REPEAT]
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     cells: dict[str, dict[str, dict]] = {name: {} for name in arms}
@@ -22,7 +25,8 @@ def build(lines: list[dict], answers: dict[tuple[str, str], list[dict]], titles:
             cells[line["arm"]][line["task"]] = _cell(line, answers)
     average = {
         name: {
-            key: _mean(cell[key] for cell in cells[name].values()) for key in ("speedup", "accept_length", "throughput")
+            key: _mean(cell[key] for cell in cells[name].values())
+            for key in ("speedup", "accept_length", "throughput")
         }
         for name in arms
     }
@@ -74,7 +78,9 @@ def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
         found.append("The baseline was not repeated: drift is unknown.")
     config = lines[0]["config"]
     if config["parallel"] > 1:
-        found.append(f"{config['parallel']} requests in flight: speed-ups are not the single-stream ones of the paper.")
+        found.append(
+            f"{config['parallel']} requests in flight: speed-ups are not the single-stream ones of the paper."
+        )
     few = min(line["num_questions"] for line in lines if line["arm"] != REPEAT)
     if few < FEW:
         found.append(f"Only {few} questions in at least one task: read the intervals, not the averages.")
@@ -95,7 +101,11 @@ def markdown(report: dict) -> str:
     where = report["environment"]
     place = where["gpu"] or "CPU"
     versions = where["versions"]
-    engine = f"SGLang {versions.get('sglang')}" if where["backend"] == "sglang" else f"torch {versions.get('torch')}"
+    engine = (
+        f"SGLang {versions.get('sglang')}"
+        if where["backend"] == "sglang"
+        else f"torch {versions.get('torch')}"
+    )
     head = ["arm", *(titles[name] for name in report["tasks"]), "average"]
     rows = []
     for name in report["arms"]:
@@ -112,7 +122,9 @@ def markdown(report: dict) -> str:
     ]
     detail_head += ["identical", "accepted at position 1, 2, ..."]
     details = [
-        _detail(name, titles[task], report["cells"][name][task]) for name in report["arms"] for task in report["tasks"]
+        _detail(name, titles[task], report["cells"][name][task])
+        for name in report["arms"]
+        for task in report["tasks"]
     ]
     parts = [
         "# Speed and accept length",
@@ -137,7 +149,9 @@ def markdown(report: dict) -> str:
 def _short(cell: dict) -> str:
     plain = cell["accept_length"] is None or cell["accept_length"] == 1.0
     if cell["speedup"] is None or (plain and cell["speedup"] == 1.0):
-        return f"{_number(cell['throughput'], '.1f')} tok/s" + ("" if plain else f" ({cell['accept_length']:.2f})")
+        return f"{_number(cell['throughput'], '.1f')} tok/s" + (
+            "" if plain else f" ({cell['accept_length']:.2f})"
+        )
     return f"{cell['speedup']:.2f}x ({_number(cell['accept_length'], '.2f')})"
 
 

@@ -1,4 +1,5 @@
-"""Streams one answer from a running server (`python -m fastmtp.serve`) through the openai client, and times it.
+"""Streams one answer from a running server (`python -m fastmtp.serve`) through the openai client, and times
+it.
 
 python examples/stream.py "Explain speculative decoding to a child."
 """
@@ -13,7 +14,9 @@ import openai
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prompt", nargs="?", default="Explain speculative decoding to a child.")
     parser.add_argument("--url", default="http://127.0.0.1:30000/v1")
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -44,7 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     print()
     if first is not None and tokens > 1:
         speed = (tokens - 1) / (ended - first)
-        print(f"[{tokens} tokens, first after {first - started:.2f} s, then {speed:.1f} tokens/s]", file=sys.stderr)
+        print(
+            f"[{tokens} tokens, first after {first - started:.2f} s, then {speed:.1f} tokens/s]",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

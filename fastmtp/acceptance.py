@@ -1,8 +1,9 @@
 """Accept length (tau) and per-position rates without decoding: one teacher-forced pass over finished answers.
 
-Greedy drafts that were accepted equal the text, so the chain that an engine would draft at any anchor is the chain
-over the text itself, up to its first miss. Computing all anchors at once in `exact` mode (recursion.py) and walking
-the answer from one verify pass to the next gives what the decoder would have counted, for the cost of one forward.
+Greedy drafts that were accepted equal the text, so the chain that an engine would draft at any anchor is the
+chain over the text itself, up to its first miss. Computing all anchors at once in `exact` mode (recursion.py)
+and walking the answer from one verify pass to the next gives what the decoder would have counted, for the
+cost of one forward.
 
     python -m fastmtp.acceptance --model models/smollm2 --data heldout.jsonl --num-steps 7 --at 1,3,5 --token-map vocab/smollm2/en_8k.pt
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,96 +20,18 @@ from tqdm import tqdm
 
 from fastmtp import files
 from fastmtp.chat import IGNORE, encode_chat
+from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.decoding import Model, load, position_rates
-from fastmtp.draft_vocab import AUTO, UNION, DraftVocab, context_ids, names_by_anchor, parse_maps, union
-from fastmtp.draft_vocab import read as read_vocab
-from fastmtp.export import read_head
-from fastmtp.teacher import greedy
-from fastmtp.token_map import load_token_map
+from fastmtp.decoding import Model, load
+from fastmtp.head.teacher import greedy
+from fastmtp.tau import Acceptance, walk
+from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, context_ids, names_by_anchor, parse_maps, union
+from fastmtp.vocab.draft_vocab import read as read_vocab
+from fastmtp.vocab.token_map import load_token_map
 
 FULL, CONTEXT = "full", "auto+context"
-RESAMPLES = 1000
 
 Results = dict[tuple[str, str, str], "Acceptance"]  # by source, language, map name
-
-
-@dataclass
-class Acceptance:
-    """Pooled counts. histogram[j]: verify passes with exactly j accepted drafts; samples: (output tokens, verify passes)
-    of each answer, in the order of the data."""
-
-    output_tokens: int = 0
-    histogram: list[int] = field(default_factory=list)
-    samples: list[tuple[int, int]] = field(default_factory=list)
-
-    def add(self, output_tokens: int, histogram: list[int]) -> None:
-        self._count(output_tokens, histogram)
-        self.samples.append((output_tokens, sum(histogram)))
-
-    def merge(self, other: Acceptance) -> None:
-        self._count(other.output_tokens, other.histogram)
-        self.samples += other.samples
-
-    def _count(self, output_tokens: int, histogram: list[int]) -> None:
-        self.output_tokens += output_tokens
-        self.histogram = [a + b for a, b in zip(self.histogram or [0] * len(histogram), histogram, strict=True)]
-
-    @property
-    def verify_passes(self) -> int:
-        return sum(self.histogram)
-
-    @property
-    def accept_length(self) -> float:
-        """tau: output tokens per verify pass."""
-        return self.output_tokens / self.verify_passes if self.verify_passes else 1.0
-
-    @property
-    def position_rates(self) -> list[float]:
-        return position_rates(self.histogram)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% bootstrap interval of tau over answers."""
-        return bounds(bootstrap(self.samples))
-
-
-def bootstrap(samples: Sequence[tuple[int, int]]) -> Tensor:
-    """tau of RESAMPLES draws of len(samples) answers with replacement, float64 [RESAMPLES].
-
-    The draws depend on the number of answers alone, so those of two heads on the same answers are paired: the interval
-    of their ratio is that of the gain.
-    """
-    counts = torch.tensor(samples, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    taus = torch.empty(RESAMPLES, dtype=torch.float64)
-    for i in range(RESAMPLES):
-        tokens, passes = counts[torch.randint(len(counts), (len(counts),), generator=generator)].sum(0)
-        taus[i] = tokens / passes if passes else 1.0
-    return taus
-
-
-def bounds(draws: Tensor) -> tuple[float, float]:
-    """The middle 95% of the draws."""
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
-    return low, high
-
-
-def walk(hits: Tensor) -> list[int]:
-    """Histogram of accepted drafts of one answer. hits: [n-1, K] bool, row i: the anchor whose next token is answer
-    token i; hits[i, k] says that draft k+1 equals answer token i+k+1 (False past the end). n: answer tokens.
-
-    The first answer token comes from the prefill; each pass then keeps its accepted drafts and one more token.
-    """
-    prefixes = hits.long().cumprod(1).sum(1).tolist()
-    histogram = [0] * (hits.shape[1] + 1)
-    at, remaining = 0, hits.shape[0]
-    while remaining > 0:
-        accepted = min(prefixes[at], remaining)
-        histogram[accepted] += 1
-        at += accepted + 1
-        remaining -= accepted + 1
-    return histogram
 
 
 @torch.inference_mode()
@@ -120,16 +42,21 @@ def draft_hits(
     token_maps: dict[str, Tensor | None],
     context_rows: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """For each (prompt ids, output ids): {map name: hits [n-1, K]} (see `walk`), from one padded forward pass.
+    """For each (prompt ids, output ids): {map name: hits [n-1, K]} (see `walk`), from one padded forward
+    pass.
 
-    With `context_rows` each sample's map holds up to so many ids of its prompt as well (`draft_vocab.context_ids`).
+    With `context_rows` each sample's map holds up to so many ids of its prompt as well
+    (`draft_vocab.context_ids`).
     """
     net = model.net
     weight = net.lm_head.weight
     longest = max(len(p) + len(o) for p, o in samples)
     ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    anchors, left = [], []  # flat positions of all anchors, and how many answer tokens follow the anchor's next token
+    anchors, left = (
+        [],
+        [],
+    )  # flat positions of all anchors, and how many answer tokens follow the anchor's next token
     for row, (prompt, output) in enumerate(samples):
         ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output)
         mask[row, : len(prompt) + len(output)] = 1
@@ -142,7 +69,11 @@ def draft_hits(
     results: list[dict[str, Tensor]] = [{} for _ in samples]
     for name, map_ in token_maps.items():
         small = weight if map_ is None else weight[map_.to(weight.device)]
-        extras = [context_ids(prompt, map_, context_rows) for prompt, _ in samples] if context_rows and map_ is not None else []
+        extras = (
+            [context_ids(prompt, map_, context_rows) for prompt, _ in samples]
+            if context_rows and map_ is not None
+            else []
+        )
         hits = torch.empty(len(where), num_steps, dtype=torch.bool, device=weight.device)
         for step, state in enumerate(states):
             rows = greedy(state.flatten(0, 1)[where], small)
@@ -156,7 +87,9 @@ def draft_hits(
 
 
 def better(states: Tensor, drafts: Tensor, weight: Tensor, extras: list[Tensor], counts: list[int]) -> Tensor:
-    """drafts [N] or, where its logit is higher, the best of the sample's `extras`; samples have `counts` rows each."""
+    """drafts [N] or, where its logit is higher, the best of the sample's `extras`; samples have `counts` rows
+    each.
+    """
     found = []
     for state, draft, extra in zip(states.split(counts), drafts.split(counts), extras, strict=True):
         if len(extra) and len(state):
@@ -178,13 +111,15 @@ def measure_at(
 ) -> dict[int, Results]:
     """{K: {(source, lang, map name): Acceptance}} for every K of `at`, from one pass with the largest.
 
-    samples: distilled ones (`prompt_ids`, `output_ids`); the map "full" is none. A batch holds at most `batch_tokens`
-    places (default by device), padding included. `vocab` adds each of its maps, and "auto", which follows the language;
-    with `context_rows` also "auto+context".
+    samples: distilled ones (`prompt_ids`, `output_ids`); the map "full" is none. A batch holds at most
+    `batch_tokens` places (default by device), padding included. `vocab` adds each of its maps, and "auto",
+    which follows the language; with `context_rows` also "auto+context".
     """
     maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
     batch_tokens = batch_tokens or (32768 if model.net.lm_head.weight.is_cuda else 8192)
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["prompt_ids"]) + len(samples[i]["output_ids"]))
+    order = sorted(
+        range(len(samples)), key=lambda i: len(samples[i]["prompt_ids"]) + len(samples[i]["output_ids"])
+    )
     hits: dict[int, dict[str, Tensor]] = {}
     with tqdm(total=len(samples), desc="acceptance", unit="sample", leave=False) as bar:
         while order:
@@ -196,7 +131,9 @@ def measure_at(
             if vocab:
                 follow(vocab, pairs, found, found, AUTO)
             if vocab and context_rows:
-                follow(vocab, pairs, found, draft_hits(model, pairs, max(at), vocab.maps, context_rows), CONTEXT)
+                follow(
+                    vocab, pairs, found, draft_hits(model, pairs, max(at), vocab.maps, context_rows), CONTEXT
+                )
             hits |= zip(batch, found, strict=True)
             bar.update(len(batch))
     results: dict[int, Results] = {steps: defaultdict(Acceptance) for steps in at}
@@ -208,8 +145,16 @@ def measure_at(
     return {steps: dict(rows) for steps, rows in results.items()}
 
 
-def follow(vocab: DraftVocab, samples: list[tuple[list[int], list[int]]], found: list[dict], by_map: list[dict], name: str) -> None:
-    """Add to each sample's `found` the hits of the map that is active at each anchor, out of `by_map`, as `name`."""
+def follow(
+    vocab: DraftVocab,
+    samples: list[tuple[list[int], list[int]]],
+    found: list[dict],
+    by_map: list[dict],
+    name: str,
+) -> None:
+    """Add to each sample's `found` the hits of the map that is active at each anchor, out of `by_map`, as
+    `name`.
+    """
     for (prompt, output), to, hits in zip(samples, found, by_map, strict=True):
         names = names_by_anchor(vocab, prompt, output)
         rows = [hits[active][anchor] for anchor, active in enumerate(names)]
@@ -237,18 +182,25 @@ def pooled(results: Results, name: str = FULL) -> Acceptance:
 
 
 def read_samples(path: str | Path, vocab_size: int, limit: int | None = None, tokenizer=None) -> list[dict]:
-    """Distilled samples of a jsonl file, or with a `tokenizer` curated rows too, whose last answer is then the output.
+    """Distilled samples of a jsonl file, or with a `tokenizer` curated rows too, whose last answer is then
+    the output.
 
     InputError names the line that lacks ids or has one outside the vocabulary.
     """
     samples = []
     for number, row in files.read_jsonl(path):
         messages = row.get("messages") or []
-        if tokenizer is not None and "output_ids" not in row and any(m.get("role") == "assistant" for m in messages):
+        if (
+            tokenizer is not None
+            and "output_ids" not in row
+            and any(m.get("role") == "assistant" for m in messages)
+        ):
             row = {**row, **last_answer(tokenizer, messages)}
         for key in ("prompt_ids", "output_ids"):
             if not isinstance(row.get(key), list) or not row[key]:
-                raise InputError(f"{path}:{number}: no `{key}`; give distilled samples (python -m fastmtp.distill)")
+                raise InputError(
+                    f"{path}:{number}: no `{key}`; give distilled samples (python -m fastmtp.distill)"
+                )
             if not all(isinstance(t, int) and 0 <= t < vocab_size for t in row[key]):
                 raise InputError(
                     f"{path}:{number}: `{key}` has ids outside the model's {vocab_size} tokens; distil with this model"
@@ -272,7 +224,11 @@ def table(results: Results) -> str:
     """Markdown: tau with its interval, and position rates, per source, language and map, then pooled."""
     names = list(dict.fromkeys(name for _, _, name in results))
     steps = len(next(iter(results.values())).histogram) - 1
-    lines = ["| source | lang | map | tokens | tau | 95 % | " + " | ".join(f"draft {i + 1}" for i in range(steps)) + " |"]
+    lines = [
+        "| source | lang | map | tokens | tau | 95 % | "
+        + " | ".join(f"draft {i + 1}" for i in range(steps))
+        + " |"
+    ]
     lines.append("|---|---|---|---:|---:|---:|" + "---:|" * steps)
     rows = sorted(results.items(), key=lambda row: (*row[0][:2], names.index(row[0][2])))
     for (source, lang, name), part in [*rows, *((("all", "", n), pooled(results, n)) for n in names)]:
@@ -310,18 +266,29 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, help="model folder")
     p.add_argument(
-        "--head", action="append", help="a checkpoint or shipped head instead of the model's own; may be repeated"
+        "--head",
+        action="append",
+        help="a checkpoint or shipped head instead of the model's own; may be repeated",
     )
-    p.add_argument("--data", required=True, help="distilled or curated samples (greedy ones predict greedy decoding)")
+    p.add_argument(
+        "--data", required=True, help="distilled or curated samples (greedy ones predict greedy decoding)"
+    )
     p.add_argument("--limit", type=int, help="use only the first N samples")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle, K (default 3)")
     p.add_argument("--at", help="tau for these smaller K too, from the same pass, such as 1,3,5")
-    p.add_argument("--token-map", action="append", default=[], help="also with this map (.pt); may be repeated")
     p.add_argument(
-        "--token-maps", metavar="EN=PATH,ZH=PATH", help="also with each of these, their mix, their union, and following the language"
+        "--token-map", action="append", default=[], help="also with this map (.pt); may be repeated"
     )
     p.add_argument(
-        "--context-rows", type=int, default=0, help="of --token-maps, following with up to N ids of the prompt added to the map"
+        "--token-maps",
+        metavar="EN=PATH,ZH=PATH",
+        help="also with each of these, their mix, their union, and following the language",
+    )
+    p.add_argument(
+        "--context-rows",
+        type=int,
+        default=0,
+        help="of --token-maps, following with up to N ids of the prompt added to the map",
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -358,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """"1,3,5" -> [1, 3, 5]. InputError for anything else."""
+    """ "1,3,5" -> [1, 3, 5]. InputError for anything else."""
     try:
         return [int(part) for part in text.split(",") if part]
     except ValueError:

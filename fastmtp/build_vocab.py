@@ -1,9 +1,11 @@
-"""Token maps: which rows of the output matrix the draft head may propose, per language, from a corpus's own counts.
+"""Token maps: which rows of the output matrix the draft head may propose, per language, from a corpus's own
+counts.
 
-Reading the output matrix is most of a draft step, and a language uses a small part of it. A map keeps the most frequent
-tokens (FR-Spec, arXiv 2502.14856; FastMTP makes it language-aware): a drafted token outside the map is impossible, so
-what a map loses is acceptance, never an output. One pass over the corpus gives every language and size, and the share
-of held-out text that each map covers. Best counted on the model's own answers.
+Reading the output matrix is most of a draft step, and a language uses a small part of it. A map keeps the
+most frequent tokens (FR-Spec, arXiv 2502.14856; FastMTP makes it language-aware): a drafted token outside the
+map is impossible, so what a map loses is acceptance, never an output. One pass over the corpus gives every
+language and size, and the share of held-out text that each map covers. Best counted on the model's own
+answers.
 
     python -m fastmtp.build_vocab --tokenizer models/smollm2 --input data/distilled.jsonl --lang en \\
         --sizes 8k,16k,32k --out vocab/smollm2
@@ -22,32 +24,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastmtp import corpus, files
+from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.lang import LANGUAGES
-from fastmtp.token_counts import COUNTED, HELD_OUT, Counter, Counts
-from fastmtp.token_map import load_token_map, map_name, parse_size, save_token_map, size_name
+from fastmtp.tokenizer import fingerprint, load_tokenizer
+from fastmtp.vocab import corpus
+from fastmtp.vocab.lang import LANGUAGES
+from fastmtp.vocab.token_counts import COUNTED, HELD_OUT, Counter, Counts
+from fastmtp.vocab.token_map import load_token_map, map_name, parse_size, save_token_map, size_name
 
 UNION = "union"
 LEAST_SHARE = 0.01  # of the corpus: `auto` makes no map for a language that has less
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a model folder or a Hub name; InputError where there is none or it is not a fast one."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: no tokenizer ({reason}); pass a model folder or a Hub name as --tokenizer") from None
-    if not tokenizer.is_fast:
-        raise InputError(f"{name}: only fast tokenizers (with tokenizer.json) are supported; convert it first")
-    return tokenizer
-
-
 def forced_ids(tokenizer, name: str) -> np.ndarray:
-    """Ids that every map holds, sorted: special and added tokens, all end tokens, and the tokens of single bytes.
+    """Ids that every map holds, sorted: special and added tokens, all end tokens, and the tokens of single
+    bytes.
 
     With the bytes in, any text can be drafted, if slowly; end tokens come from the tokenizer and from the
     model's generation_config.json and config.json where they lie beside it.
@@ -62,19 +53,16 @@ def forced_ids(tokenizer, name: str) -> np.ndarray:
         if path:
             end = json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id")
             forced.update(end if isinstance(end, list) else [] if end is None else [end])
-    single = [*ByteLevel.alphabet(), *(f"<0x{byte:02X}>" for byte in range(256))]  # byte-level BPE; byte fallback
+    single = [
+        *ByteLevel.alphabet(),
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+    ]  # byte-level BPE; byte fallback
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     if "ByteLevel" in json.dumps([pipeline["pre_tokenizer"], pipeline["decoder"]]) or pipeline["model"].get(
         "byte_fallback"
     ):
         forced.update(vocab[token] for token in single if token in vocab)
     return np.array(sorted(forced & set(vocab.values())), dtype=np.int64)
-
-
-def fingerprint(tokenizer, first: int | None = None) -> str:
-    """SHA-256 of the tokenizer's (id, token) pairs, or of the `first` lowest ids': what a map's ids mean."""
-    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())[:first]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def rank(counted: np.ndarray) -> np.ndarray:
@@ -84,7 +72,9 @@ def rank(counted: np.ndarray) -> np.ndarray:
 
 
 def union_rank(rankings: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """Rankings of several languages -> one, by each id's best rank in any; at one rank, the languages' own order."""
+    """Rankings of several languages -> one, by each id's best rank in any; at one rank, the languages' own
+    order.
+    """
     best = np.full(size, np.iinfo(np.int64).max)
     for turn, ranking in enumerate(rankings):
         best[ranking] = np.minimum(best[ranking], np.arange(len(ranking)) * len(rankings) + turn)
@@ -94,8 +84,8 @@ def union_rank(rankings: Sequence[np.ndarray], size: int) -> np.ndarray:
 def pick(ranking: np.ndarray, forced: np.ndarray, vocab: np.ndarray, size: int) -> tuple[np.ndarray, int]:
     """The map of `size` ids, sorted, and how many of them the corpus never had.
 
-    Forced ids first, then by rank, then what is left of the sorted `vocab`, lowest ids first: BPE gives low ids to what
-    was frequent when it was trained.
+    Forced ids first, then by rank, then what is left of the sorted `vocab`, lowest ids first: BPE gives low
+    ids to what was frequent when it was trained.
     """
     taken = np.zeros(vocab[-1] + 1, dtype=bool)
     taken[forced] = True
@@ -125,7 +115,9 @@ def languages(counts: Counts, wanted: list[str]) -> list[str]:
         if lang not in seen:
             raise InputError(f"no text in '{lang}' to count; the corpus has {', '.join(seen)}")
     if "auto" in wanted:
-        chosen += [n for n, tokens in seen.items() if n not in chosen and tokens >= LEAST_SHARE * sum(seen.values())]
+        chosen += [
+            n for n, tokens in seen.items() if n not in chosen and tokens >= LEAST_SHARE * sum(seen.values())
+        ]
     return chosen
 
 
@@ -133,7 +125,9 @@ def table(maps: dict[str, np.ndarray], held_out: dict[str, np.ndarray], given: d
     """Coverage of each map (rows) on each language's held-out text (columns), and what languages' maps share."""
     width = max(map(len, ["held-out tokens", *maps, *given]))
     lines = [f"{'map':<{width}} {'ids':>7}" + "".join(f"{lang:>9}" for lang in held_out)]
-    lines.append(f"{'held-out tokens':<{width}} {'':>7}" + "".join(f"{t.sum():>9}" for t in held_out.values()))
+    lines.append(
+        f"{'held-out tokens':<{width}} {'':>7}" + "".join(f"{t.sum():>9}" for t in held_out.values())
+    )
     for name, ids in [*maps.items(), *given.items()]:
         shares = [coverage(ids, tokens) for tokens in held_out.values()]
         cells = "".join(f"{'-':>9}" if share is None else f"{100 * share:>8.2f}%" for share in shares)
@@ -147,8 +141,12 @@ def table(maps: dict[str, np.ndarray], held_out: dict[str, np.ndarray], given: d
     return "\n".join(lines)
 
 
-def plot(path: Path, rankings: dict[str, np.ndarray], held_out: dict[str, np.ndarray], sizes: list[int]) -> None:
-    """PNG: rank against the share of held-out text covered so far; colours are texts, line styles are rankings."""
+def plot(
+    path: Path, rankings: dict[str, np.ndarray], held_out: dict[str, np.ndarray], sizes: list[int]
+) -> None:
+    """PNG: rank against the share of held-out text covered so far; colours are texts, line styles are
+    rankings.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,12 +159,17 @@ def plot(path: Path, rankings: dict[str, np.ndarray], held_out: dict[str, np.nda
             if tokens.sum():
                 covered = tokens[ranking].cumsum() / tokens.sum()
                 label = f"{lang} text, {name} ranking ({100 * covered[-1]:.1f} % at its end)"
-                axes.plot(np.arange(1, len(covered) + 1), covered, styles[name], color=f"C{colour}", label=label)
+                axes.plot(
+                    np.arange(1, len(covered) + 1), covered, styles[name], color=f"C{colour}", label=label
+                )
     for size in sizes:
         axes.axvline(size, color="0.8", linewidth=0.8, zorder=0)
         axes.text(size, 0.01, size_name(size), rotation=90, fontsize=7, color="0.4", ha="right")
     axes.set(
-        xscale="log", ylim=(0, 1.01), xlabel="rank of the token in the counted text", ylabel="share of held-out tokens"
+        xscale="log",
+        ylim=(0, 1.01),
+        xlabel="rank of the token in the counted text",
+        ylabel="share of held-out tokens",
     )
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -193,7 +196,10 @@ def gather(args, tokenizer, paths: list[Path], wanted: list[str]) -> Counts:
     try:
         counter.count(chunks, counts, args.workers, state, total)
     except KeyboardInterrupt:
-        print("python -m fastmtp.build_vocab: interrupted; the same command with --resume continues", file=sys.stderr)
+        print(
+            "python -m fastmtp.build_vocab: interrupted; the same command with --resume continues",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
     state.unlink(missing_ok=True)
     return counts
@@ -202,7 +208,16 @@ def gather(args, tokenizer, paths: list[Path], wanted: list[str]) -> Counts:
 def state_path(args, tokenizer, paths: list[Path], fixed: str | None) -> Path:
     """Where a count's tables are kept while it runs; another corpus or other rules have another name."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    rules = [fingerprint(tokenizer), stats, args.dataset, args.split, args.column, fixed, args.held_out, args.seed]
+    rules = [
+        fingerprint(tokenizer),
+        stats,
+        args.dataset,
+        args.split,
+        args.column,
+        fixed,
+        args.held_out,
+        args.seed,
+    ]
     tag = hashlib.sha256(json.dumps([*rules, args.on_error]).encode()).hexdigest()[:12]
     return Path(args.out) / f".counts.{tag}.npz"
 
@@ -218,11 +233,15 @@ def parser() -> Parser:
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", nargs="+", help=f"files or patterns ({', '.join(corpus.SUFFIXES)}): distilled samples, chats, texts"
+        "--input",
+        nargs="+",
+        help=f"files or patterns ({', '.join(corpus.SUFFIXES)}): distilled samples, chats, texts",
     )
     source.add_argument("--dataset", help="Hub data set, or a local folder that `datasets` reads; streamed")
     p.add_argument("--split", default="train", help="of --dataset (default train)")
-    p.add_argument("--column", help="text, chat or token ids to count (default: messages, output_ids or text)")
+    p.add_argument(
+        "--column", help="text, chat or token ids to count (default: messages, output_ids or text)"
+    )
     p.add_argument("--tokenizer", required=True, help="model folder or Hub name")
     p.add_argument(
         "--lang",
@@ -233,13 +252,19 @@ def parser() -> Parser:
     p.add_argument("--sizes", default="8k,16k,32k", help="ids in a map, k is 1024 (default 8k,16k,32k)")
     p.add_argument("--out", required=True, help="folder for LANG_SIZE.pt, .json and coverage.png")
     p.add_argument("--corpus", help="the corpus in words, for the maps' JSON (default: the files' names)")
-    p.add_argument("--compare", nargs="+", default=[], help="other maps, whose coverage is printed on the same text")
+    p.add_argument(
+        "--compare", nargs="+", default=[], help="other maps, whose coverage is printed on the same text"
+    )
     p.add_argument(
         "--held-out", type=float, default=0.05, help="share of rows to measure on, not counted (default 0.05)"
     )
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a broken row (default stop)")
+    p.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop", help="at a broken row (default stop)"
+    )
     p.add_argument("--resume", action="store_true", help="continue a count that was interrupted")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes to count with (default: all cores)")
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes to count with (default: all cores)"
+    )
     p.add_argument("--seed", type=int, default=0, help="chooses the held-out rows")
     return p
 
@@ -266,7 +291,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if sizes[-1] > len(vocab):
         raise InputError(f"--sizes: {sizes[-1]} is more than the tokenizer's {len(vocab)} ids; leave it out")
     if sizes[0] < len(forced):
-        raise InputError(f"--sizes: {sizes[0]} is less than the {len(forced)} special and byte tokens of every map")
+        raise InputError(
+            f"--sizes: {sizes[0]} is less than the {len(forced)} special and byte tokens of every map"
+        )
     given = {path: load_token_map(path, int(vocab[-1]) + 1).numpy() for path in args.compare}
 
     counts = gather(args, tokenizer, paths, wanted)
@@ -276,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rankings[UNION] = union_rank(list(rankings.values()), counts.size)
     held_out = {lang: counts.tables[lang][HELD_OUT] for lang in langs}
     meaning = fingerprint(tokenizer)
-    picked = {map_name(n, size): (n, *pick(r, forced, vocab, size)) for n, r in rankings.items() for size in sizes}
+    picked = {
+        map_name(n, size): (n, *pick(r, forced, vocab, size)) for n, r in rankings.items() for size in sizes
+    }
 
     out = Path(args.out)
     command = shlex.join(["python", "-m", "fastmtp.build_vocab", *(sys.argv[1:] if argv is None else argv)])

@@ -1,8 +1,9 @@
 """Chats to token ids, in one place: what the model was asked, what it answered, and which tokens are answers.
 
-A message is `{"role", "content"}`; an assistant message may carry its exact tokens, as `"token_ids": [...]` or in
-ms-swift's form `"content": {"token_ids": [...]}`, and then nothing is tokenised again. Prompts go through the
-tokenizer's own chat template, cut at render boundaries, so that masks never depend on a pattern in the text.
+A message is `{"role", "content"}`; an assistant message may carry its exact tokens, as `"token_ids": [...]`
+or in ms-swift's form `"content": {"token_ids": [...]}`, and then nothing is tokenised again. Prompts go
+through the tokenizer's own chat template, cut at render boundaries, so that masks never depend on a pattern
+in the text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ IGNORE = -100
 def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of `messages` followed by the template's generation prompt.
 
-    Earlier answers keep their exact `token_ids`, as in `encode_chat`, unless the template rewrites earlier turns.
+    Earlier answers keep their exact `token_ids`, as in `encode_chat`, unless the template rewrites earlier
+    turns.
     """
     rendered = _render(tokenizer, messages, prompt=True)
     ids, done = [], ""
@@ -26,7 +28,9 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
                 return _ids(tokenizer, rendered)
             answer = answer_ids(tokenizer, message)
             ids += _ids(tokenizer, prompt[len(done) :]) + answer
-            done = prompt + tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            done = prompt + tokenizer.decode(
+                answer, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
     if not rendered.startswith(done):
         return _ids(tokenizer, rendered)
     return ids + _ids(tokenizer, rendered[len(done) :])
@@ -35,9 +39,9 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
 def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Whole chat -> (ids, labels), equally long; labels are the ids of assistant tokens, IGNORE elsewhere.
 
-    Each answer ends with the end-of-turn token unless its exact `token_ids` say otherwise; one with `"loss": false`
-    (ms-swift's mark of a turn given with the prompt) is not learnt. Raises InputError when
-    there is no assistant turn or the template rewrites earlier turns (then train on single turns).
+    Each answer ends with the end-of-turn token unless its exact `token_ids` say otherwise; one with `"loss":
+    false` (ms-swift's mark of a turn given with the prompt) is not learnt. Raises InputError when there is no
+    assistant turn or the template rewrites earlier turns (then train on single turns).
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -53,7 +57,9 @@ def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
         ids += gap + answer
         learnt = message.get("loss", True)
         labels += [IGNORE] * len(gap) + (answer if learnt else [IGNORE] * len(answer))
-        done = prompt + tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        done = prompt + tokenizer.decode(
+            answer, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
     if not labels:
         raise InputError("the chat has no assistant turn")
     return ids, labels

@@ -49,6 +49,13 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def split_at_dashes(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """A command's own arguments and, after `--`, an engine's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
 def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
     """InputError for an argument in `names` below `least`; one that is None was not given."""
     for name in names:

@@ -1,7 +1,9 @@
-"""Distilled answers -> `train.jsonl` and `eval.jsonl` that `swift sft` loads as they are, exact token ids kept.
+"""Distilled answers -> `train.jsonl` and `eval.jsonl` that `swift sft` loads as they are, exact token ids
+kept.
 
-In order: cleaning, benchmark questions out, exact and near-duplicates out (the first of two stays, so put the better
-source first), eval split off, the rest mixed to target token shares. Beside them: report.md, counts.json, lengths.png.
+In order: cleaning, benchmark questions out, exact and near-duplicates out (the first of two stays, so put the
+better source first), eval split off, the rest mixed to target token shares. Beside them: report.md,
+counts.json, lengths.png.
 
     python -m fastmtp.curate --input distilled.jsonl --recipe configs/curate.yaml --data configs/data/local.yaml \\
         --exclude bench/math_500.jsonl bench/mt_bench.jsonl --out data/mix
@@ -30,12 +32,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fastmtp.cleaning import CleanConfig, verdict, words
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.curate_report import Tally, write_report
-from fastmtp.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates, signature
+from fastmtp.data.cleaning import CleanConfig, verdict, words
+from fastmtp.data.curate_report import Tally, write_report
+from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates, signature
+from fastmtp.data.mixture import DataConfig, choose, load_yaml
 from fastmtp.files import atomic, existing, write_provenance
-from fastmtp.mixture import DataConfig, choose, load_yaml
 
 CHUNK = 128  # samples that travel to a worker together
 
@@ -46,14 +48,18 @@ class CurateConfig:
 
     eval_share: float = 0.0  # of the clean samples, held out for eval.jsonl before mixing
     seed: int = 0
-    data: str | None = None  # data set list with categories and shares (configs/data/*.yaml); null takes everything
+    data: str | None = (
+        None  # data set list with categories and shares (configs/data/*.yaml); null takes everything
+    )
     exclude: list[str] = field(default_factory=list)  # question files of the benchmarks
     clean: CleanConfig = field(default_factory=CleanConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
 
 
 class Scanned(NamedTuple):
-    """What one input line comes to. `reason` is None for a clean sample, and only then are the last five filled in."""
+    """What one input line comes to. `reason` is None for a clean sample, and only then are the last five
+    filled in.
+    """
 
     reason: str | None
     source: str
@@ -69,16 +75,20 @@ class Scanned(NamedTuple):
 def training_row(sample: dict, where: str) -> tuple[list[dict], list[str], int]:
     """A distilled sample -> (messages in ms-swift's form, texts of the model's answers, their token count).
 
-    An answer of the model is `{"token_ids": [...]}`, never text to tokenise again. An assistant turn without ids was
-    given with the prompt; it stays text and gets `"loss": false`, as no one is to learn it. Every row holds ids, which
-    also keeps the `datasets` JSON reader from taking `content` for a plain string column.
+    An answer of the model is `{"token_ids": [...]}`, never text to tokenise again. An assistant turn without
+    ids was given with the prompt; it stays text and gets `"loss": false`, as no one is to learn it. Every row
+    holds ids, which also keeps the `datasets` JSON reader from taking `content` for a plain string column.
     Raises InputError, starting with `where`, for a sample that breaks the contract.
     """
     messages = sample.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or len(messages) < 2:
-        raise InputError(f"{where}: 'messages' must be a list of a prompt and its answer; mend or remove this line")
+        raise InputError(
+            f"{where}: 'messages' must be a list of a prompt and its answer; mend or remove this line"
+        )
     if messages[-1].get("role") != "assistant":
-        raise InputError(f"{where}: the last message is no answer; write this file with `python -m fastmtp.distill`")
+        raise InputError(
+            f"{where}: the last message is no answer; write this file with `python -m fastmtp.distill`"
+        )
     row, answers, tokens = [], [], 0
     for turn, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -90,7 +100,9 @@ def training_row(sample: dict, where: str) -> tuple[list[dict], list[str], int]:
         if ids is None and turn == len(messages) - 1:
             ids = sample.get("output_ids")
             if not isinstance(ids, list):
-                raise InputError(f"{where}: the answer has no 'token_ids'; write it with `python -m fastmtp.distill`")
+                raise InputError(
+                    f"{where}: the answer has no 'token_ids'; write it with `python -m fastmtp.distill`"
+                )
         if ids is not None:
             answers.append(content)
             tokens += len(ids)
@@ -118,7 +130,9 @@ def scan_line(line: bytes, where: str, config: CurateConfig, questions: Question
     prompt = "\n".join(m["content"] for m in sample["messages"] if m["role"] == "user")
     whole = "\n".join(m["content"] for m in sample["messages"] if m["role"] != "system")
     total = max(tokens, len(sample.get("prompt_ids") or []) + len(sample.get("output_ids") or []))
-    preview = json.dumps([where, prompt[:300], answers[-1][:300], answers[-1][300:][-150:]], ensure_ascii=False)
+    preview = json.dumps(
+        [where, prompt[:300], answers[-1][:300], answers[-1][300:][-150:]], ensure_ascii=False
+    )
     reason = verdict(answers, sample.get("finish", ""), sample.get("lang", ""), tokens, total, config.clean)
     if reason is None and questions.find(prompt):
         reason = "benchmark"
@@ -166,7 +180,9 @@ def chunks(paths: list[str]) -> Iterator[list[tuple[str, bytes]]]:
 
 
 class Clean:
-    """The clean samples: small facts in memory, rows and previews in a temporary file, signatures in two buffers."""
+    """The clean samples: small facts in memory, rows and previews in a temporary file, signatures in two
+    buffers.
+    """
 
     def __init__(self, spool: BinaryIO):
         self.spool = spool
@@ -182,7 +198,9 @@ class Clean:
         self.sources.append(item.source)
         self.signatures[0].extend(item.sample_signature)
         self.signatures[1].extend(item.prompt_signature)
-        self.given_turns |= b'"loss": false' in item.row  # a quote inside a text is written \", so this is the key
+        self.given_turns |= (
+            b'"loss": false' in item.row
+        )  # a quote inside a text is written \", so this is the key
         self.spool.write(item.row + b"\n" + item.preview.encode() + b"\n")
 
     def row(self, position: int) -> bytes:
@@ -213,7 +231,9 @@ def scan(paths: list[str], config: CurateConfig, workers: int, spool: BinaryIO, 
                     if reason is None and item.key in seen:
                         reason = "exact_duplicate"
                     elif (
-                        reason is None and config.dedup.prompt_threshold is not None and item.prompt_key in seen_prompts
+                        reason is None
+                        and config.dedup.prompt_threshold is not None
+                        and item.prompt_key in seen_prompts
                     ):
                         reason = "same_prompt"
                     if reason:
@@ -234,7 +254,10 @@ def split(kept: np.ndarray, close: np.ndarray, share: float, seed: int) -> tuple
     wanted = round(share * len(kept))
     lonely = [int(k) for k in kept if not close[k]]
     if len(lonely) < wanted:
-        print(f"eval.jsonl holds {len(lonely)} samples, not {wanted}: the others have near neighbours", file=sys.stderr)
+        print(
+            f"eval.jsonl holds {len(lonely)} samples, not {wanted}: the others have near neighbours",
+            file=sys.stderr,
+        )
     held = set(random.Random(f"{seed} eval").sample(lonely, min(wanted, len(lonely))))
     return [int(k) for k in kept if int(k) not in held], sorted(held)
 
@@ -242,7 +265,8 @@ def split(kept: np.ndarray, close: np.ndarray, share: float, seed: int) -> tuple
 def write_rows(path: Path, clean: Clean, positions: list[int], seed: int) -> None:
     """Write the rows in an order shuffled by `seed`.
 
-    Where one row says `loss`, all have to: `datasets` fixes the keys of a message by the first 10 MB of the file.
+    Where one row says `loss`, all have to: `datasets` fixes the keys of a message by the first 10 MB of the
+    file.
     """
     order = list(positions)
     random.Random(f"{seed} order").shuffle(order)
@@ -270,21 +294,31 @@ def curate(paths: list[str], config: CurateConfig, out: Path, workers: int) -> d
         category = {source.name: source.category for source in data.sources} if data else {}
         for source in Counter(clean.sources):
             if data and source not in category:
-                raise InputError(f"{config.data}: no source '{source}', which the samples name; add it to 'sources'")
+                raise InputError(
+                    f"{config.data}: no source '{source}', which the samples name; add it to 'sources'"
+                )
         twin, similarity, close = near_duplicates(clean.matrix(0), clean.matrix(1), config.dedup)
         for position in np.flatnonzero(twin >= 0).tolist():
             pair = clean.preview(position), clean.preview(twin[position])
-            tally.drop("near_duplicate", clean.sources[position], clean.tokens[position], *pair, similarity[position])
+            tally.drop(
+                "near_duplicate", clean.sources[position], clean.tokens[position], *pair, similarity[position]
+            )
         train, held = split(np.flatnonzero(twin < 0), close, config.eval_share, config.seed)
         categories = [category.get(source, source or "all") for source in clean.sources]
         available = list(train)
         if data and data.shares and train:
             picked = choose(
-                [categories[k] for k in train], [clean.tokens[k] for k in train], data.shares, data.samples, config.seed
+                [categories[k] for k in train],
+                [clean.tokens[k] for k in train],
+                data.shares,
+                data.samples,
+                config.seed,
             )
             train = [train[k] for k in picked]
         if not train:
-            raise InputError(f"{paths[0]}: no sample is left to train on ({tally.summary() or 'the file is empty'})")
+            raise InputError(
+                f"{paths[0]}: no sample is left to train on ({tally.summary() or 'the file is empty'})"
+            )
         write_rows(out / "train.jsonl", clean, train, config.seed)
         write_rows(out / "eval.jsonl", clean, held, config.seed)
     facts = {
@@ -308,7 +342,9 @@ def parser() -> Parser:
     p.add_argument("--data", help="data set list with categories and token shares (configs/data/*.yaml)")
     p.add_argument("--exclude", nargs="+", help="question files of benchmarks: no such prompt is kept")
     p.add_argument("--out", required=True, help="folder for train.jsonl, eval.jsonl and the report")
-    p.add_argument("--eval-share", type=float, help="share of the clean samples held out for eval.jsonl (default 0)")
+    p.add_argument(
+        "--eval-share", type=float, help="share of the clean samples held out for eval.jsonl (default 0)"
+    )
     p.add_argument("--seed", type=int, help="of the split and the mix (default 0)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     return p
@@ -318,7 +354,9 @@ def main(argv=None) -> None:
     args = parser().parse_args(argv)
     config = load_yaml(args.recipe, CurateConfig) if args.recipe else CurateConfig()
     given = {name: getattr(args, name) for name in ("data", "exclude", "eval_share", "seed")}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    config = dataclasses.replace(
+        config, **{name: value for name, value in given.items() if value is not None}
+    )
     if not 0 <= config.eval_share < 1:
         raise InputError(f"--eval-share must be at least 0 and below 1, not {config.eval_share}")
     at_least(args, 1, "workers")
@@ -333,7 +371,9 @@ def main(argv=None) -> None:
         if error.errno != errno.ENOSPC:
             raise
         raise InputError(f"{out}: the disk is full; free some space and run the same command again") from None
-    print(f"{out}: {counts['train']['samples']} train, {counts['eval']['samples']} eval, dropped {counts['dropped']}")
+    print(
+        f"{out}: {counts['train']['samples']} train, {counts['eval']['samples']} eval, dropped {counts['dropped']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Reference speculative decoder for one MTP head: short enough to check by eye, lossless, CPU or GPU, one stream.
+"""Reference speculative decoder for one MTP head: short enough to check by eye, lossless, CPU or GPU, one
+stream.
 
-A cycle: the head drafts K tokens from the last committed backbone state, the backbone verifies them in one forward
-pass, the longest right prefix and one token of the backbone's own are kept. Greedy decoding keeps the draft that
-equals the backbone's argmax; at a temperature the rule of Leviathan et al. (arXiv 2211.17192) accepts a draft x with
-probability min(1, p(x)/q(x)) and otherwise samples from the residual, which leaves the backbone's distribution.
-The head's keys of committed tokens always come from true backbone states (recursion.py, `exact`).
+A cycle: the head drafts K tokens from the last committed backbone state, the backbone verifies them in one
+forward pass, the longest right prefix and one token of the backbone's own are kept. Greedy decoding keeps the
+draft that equals the backbone's argmax; at a temperature the rule of Leviathan et al. (arXiv 2211.17192)
+accepts a draft x with probability min(1, p(x)/q(x)) and otherwise samples from the residual, which leaves the
+backbone's distribution. The head's keys of committed tokens always come from true backbone states
+(recursion.py, `exact`).
 
     python -m fastmtp.decoding --model models/smollm2 --prompts examples/prompts.jsonl --split heldout --out out.jsonl
 """
@@ -26,22 +28,30 @@ from transformers.utils import logging
 
 from fastmtp import files
 from fastmtp.chat import prompt_ids as chat_prompt_ids
+from fastmtp.checkpoint import head_folder, read_head, weight_files
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.draft_vocab import AUTO, DraftVocab, parse_maps, read
-from fastmtp.export import read_head
-from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM, attention_of
-from fastmtp.token_map import load_token_map
+from fastmtp.fingerprint import fingerprint, machine
+from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, attention_of
+from fastmtp.tau import position_rates
+from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, parse_maps, read
+from fastmtp.vocab.token_map import load_token_map
 
 ATTENTION = "fastmtp_decoding"  # transformers' name for the attention below
 
 
-def attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> tuple[Tensor, None]:
-    """transformers' attention interface: as its `sdpa`, without the copies of keys and values that it makes for a mask.
+def attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: as its `sdpa`, without the copies of keys and values that it makes
+    for a mask.
 
-    query: [1, Hq, n, D]; key, value: [1, Hkv, T, D]; attention_mask: [n, T] bool, or None: causal. Returns [1, n, Hq, D].
+    query: [1, Hq, n, D]; key, value: [1, Hkv, T, D]; attention_mask: [n, T] bool, or None: causal. Returns
+    [1, n, Hq, D].
     """
     causal = attention_mask is None and query.shape[2] > 1
-    context = F.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal, enable_gqa=True)
+    context = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, enable_gqa=True
+    )
     return context.transpose(1, 2), None
 
 
@@ -59,7 +69,9 @@ class Model:
 
 @dataclass
 class Generation:
-    """One answer. ids: output tokens, the end token included; histogram[j]: verify passes with j accepted drafts."""
+    """One answer. ids: output tokens, the end token included; histogram[j]: verify passes with j accepted
+    drafts.
+    """
 
     ids: list[int]
     verify_passes: int
@@ -73,10 +85,18 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Mod
     folder = files.existing(folder, "model folder")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # a name that is none, a GPU that is not there, PyTorch's CPU build
-        raise InputError(f"--device {device}: PyTorch cannot use it on this machine; give cpu, or cuda where there is a GPU") from None
-    # the folder's type is qwen2, for engines; and our one line on an error is not to drown in the library's report
-    config = MiMoConfig.from_dict({**files.read_json(folder / "config.json"), "model_type": MiMoConfig.model_type})
+    except (
+        RuntimeError,
+        AssertionError,
+    ):  # a name that is none, a GPU that is not there, PyTorch's CPU build
+        raise InputError(
+            f"--device {device}: PyTorch cannot use it on this machine; give cpu, or cuda where there is a GPU"
+        ) from None
+    # the folder's type is qwen2, for engines; and our one line on an error is not to drown in the library's
+    # report
+    config = MiMoConfig.from_dict(
+        {**files.read_json(folder / "config.json"), "model_type": MiMoConfig.model_type}
+    )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     net, info = MiMoForCausalLM.from_pretrained(
@@ -90,11 +110,15 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Mod
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ends = net.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    return Model(net.to(device).eval(), tokenizer, {e for e in [*ends, tokenizer.eos_token_id] if e is not None})
+    return Model(
+        net.to(device).eval(), tokenizer, {e for e in [*ends, tokenizer.eos_token_id] if e is not None}
+    )
 
 
 class Drafter:
-    """The head with its own key/value cache; slot = position, so a draft's keys are overwritten once it is decided."""
+    """The head with its own key/value cache; slot = position, so a draft's keys are overwritten once it is
+    decided.
+    """
 
     def __init__(self, net: MiMoForCausalLM, capacity: int, token_map: Tensor | None):
         head = net.head
@@ -115,7 +139,9 @@ class Drafter:
             self.weight = self.net.lm_head.weight[self.token_map]
 
     def step(self, hidden: Tensor, tokens: Tensor, start: int) -> Tensor:
-        """Run positions start..start+n-1 and keep their keys. hidden [1, n, H], tokens [1, n] -> last g [1, 1, H]."""
+        """Run positions start..start+n-1 and keep their keys. hidden [1, n, H], tokens [1, n] -> last g [1,
+        1, H].
+        """
         n = tokens.shape[1]
         embeds = self.net.model.embed_tokens(tokens)
         if start == 0:
@@ -143,7 +169,9 @@ class Drafter:
 
 
 def accept_greedy(drafts: list[int], choices: list[int]) -> tuple[int, int]:
-    """(accepted drafts, next token): the longest prefix of `drafts` that equals the backbone's argmaxes `choices`."""
+    """(accepted drafts, next token): the longest prefix of `drafts` that equals the backbone's argmaxes
+    `choices`.
+    """
     accepted = 0
     while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
         accepted += 1
@@ -178,8 +206,8 @@ def generate(
 ) -> Generation:
     """Decode one prompt with `num_steps` drafts a cycle; 0 is plain decoding, through the same code.
 
-    Stops after a token of `eos_ids` (default: the model's) or at `max_new_tokens`. A DraftVocab as `token_map` chooses the
-    map anew before each cycle.
+    Stops after a token of `eos_ids` (default: the model's) or at `max_new_tokens`. A DraftVocab as
+    `token_map` chooses the map anew before each cycle.
     """
     net, device = model.net, model.net.lm_head.weight.device
     ends = model.eos_ids if eos_ids is None else eos_ids
@@ -194,7 +222,9 @@ def generate(
     def forward(ids: list[int], start: int, keep: int) -> tuple[Tensor, Tensor]:
         """Backbone over `ids` at positions start...: states [1, n, H], logits [keep, V] of the last rows."""
         n = len(ids)
-        mask = torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start) if start and n > 1 else None
+        mask = (
+            torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start) if start and n > 1 else None
+        )
         with attention_of(net.config, ATTENTION):
             states = net.model(
                 input_ids=torch.tensor([ids], device=device),
@@ -221,7 +251,11 @@ def generate(
             if temperature:
                 small = distribution(logits)
                 row = torch.multinomial(small, 1, generator=generator)[0]
-                full = small if drafter.token_map is None else small.new_zeros(net.vocab_size).scatter_(0, drafter.token_map, small)
+                full = (
+                    small
+                    if drafter.token_map is None
+                    else small.new_zeros(net.vocab_size).scatter_(0, drafter.token_map, small)
+                )
                 dists.append(full)
             else:
                 row = logits.argmax()
@@ -255,16 +289,12 @@ def generate(
         histogram[min(accepted, len(kept))] += 1
         tokens += kept
         if drafter and len(kept) == len(new):
-            state = drafter.step(states[:, : accepted + 1], torch.tensor([tokens[-len(new) :]], device=device), last)
+            state = drafter.step(
+                states[:, : accepted + 1], torch.tensor([tokens[-len(new) :]], device=device), last
+            )
     return Generation(
         tokens[len(prompt_ids) :], passes, histogram, prefilled - started, time.perf_counter() - prefilled
     )
-
-
-def position_rates(histogram: Sequence[int]) -> list[float]:
-    """rates[i] = share of verify passes whose draft i+1 was accepted, from counts of accepted drafts per pass."""
-    passes = sum(histogram)
-    return [sum(histogram[i + 1 :]) / passes if passes else 0.0 for i in range(len(histogram) - 1)]
 
 
 def summarise(rows: list[dict]) -> dict:
@@ -286,10 +316,16 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def compare(
-    model: Model, prompts: list[dict], max_new_tokens: int, num_steps: int, token_map: Tensor | DraftVocab | None, out: Path, config: dict
+    model: Model,
+    prompts: list[dict],
+    max_new_tokens: int,
+    num_steps: int,
+    token_map: Tensor | DraftVocab | None,
+    out: Path,
+    found: dict,
 ) -> list[dict]:
     """Decode every prompt greedily, plain and with drafts (order alternating); one row a prompt, resumable."""
-    with files.growing(out, config) as (done, write):
+    with files.growing(out, found) as (done, write):
         todo = [p for p in prompts if p["id"] not in done]
         if todo:  # the first pass through a network is slow, and belongs to nobody
             ids = chat_prompt_ids(model.tokenizer, todo[0]["messages"])
@@ -321,9 +357,11 @@ def compare(
 
 
 def read_prompts(path: str | Path, split: str | None = None, limit: int | None = None) -> list[dict]:
-    """Rows with `id` and `messages` (or `prompt`) of a jsonl file; `split` keeps rows whose "split" equals it.
+    """Rows with `id` and `messages` (or `prompt`) of a jsonl file; `split` keeps rows whose "split" equals
+    it.
 
-    Raises InputError for a row without a prompt, an id that was there before, no row at all, or a limit below 1.
+    Raises InputError for a row without a prompt, an id that was there before, no row at all, or a limit below
+    1.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
@@ -331,7 +369,9 @@ def read_prompts(path: str | Path, split: str | None = None, limit: int | None =
     for number, row in files.read_jsonl(path):
         if split and row.get("split") != split:
             continue
-        messages = row.get("messages") or ([{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None)
+        messages = row.get("messages") or (
+            [{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None
+        )
         if not messages:
             raise InputError(f"{path}:{number}: no prompt; give `messages` or a non-empty `prompt`")
         name = row.get("id", f"line-{number}")
@@ -340,7 +380,9 @@ def read_prompts(path: str | Path, split: str | None = None, limit: int | None =
         seen.add(name)
         prompts.append({**row, "messages": messages, "id": name})
     if not prompts:
-        raise InputError(f"{path}: no prompts" + (f" with split '{split}'" if split else "") + "; check the file")
+        raise InputError(
+            f"{path}: no prompts" + (f" with split '{split}'" if split else "") + "; check the file"
+        )
     return prompts[:limit]
 
 
@@ -358,11 +400,21 @@ def parser() -> Parser:
     p.add_argument("--limit", type=int, help="use only the first N prompts")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle, K (default 3)")
     p.add_argument("--token-map", help="draft only tokens of this map (.pt)")
-    p.add_argument("--token-maps", metavar="EN=PATH,ZH=PATH", help="a map for each language; the draft follows the text's")
-    p.add_argument("--vocab-policy", default=AUTO, metavar="auto|fixed:NAME|union", help="of --token-maps (default auto)")
-    p.add_argument("--context-rows", type=int, default=0, help="ids of the prompt that join the map (default 0)")
+    p.add_argument(
+        "--token-maps",
+        metavar="EN=PATH,ZH=PATH",
+        help="a map for each language; the draft follows the text's",
+    )
+    p.add_argument(
+        "--vocab-policy", default=AUTO, metavar="auto|fixed:NAME|union", help="of --token-maps (default auto)"
+    )
+    p.add_argument(
+        "--context-rows", type=int, default=0, help="ids of the prompt that join the map (default 0)"
+    )
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="identity needs float32")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="identity needs float32"
+    )
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", required=True, help="result rows, jsonl; an interrupted run continues")
     return p
@@ -381,12 +433,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.token_maps:
         if maps:
             raise InputError("--token-map and --token-maps: give one of them")
-        token_map = read(args.token_maps, args.vocab_policy, model.tokenizer, model.net.vocab_size, args.context_rows)
+        token_map = read(
+            args.token_maps, args.vocab_policy, model.tokenizer, model.net.vocab_size, args.context_rows
+        )
         maps = list(parse_maps(args.token_maps).values())
     out = Path(args.out)
-    config = files.settings(args)
-    rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, config)
-    files.write_provenance(out, config, [args.prompts, *maps])
+    depends = {"model": args.model, "prompts": args.prompts, "token maps": maps}
+    depends["head"] = weight_files(head_folder(args.head)) if args.head else None
+    asked = (
+        "split",
+        "limit",
+        "num_steps",
+        "vocab_policy",
+        "context_rows",
+        "max_new_tokens",
+        "dtype",
+        "device",
+    )
+    found = fingerprint(depends, {name: getattr(args, name) for name in asked} | machine())
+    rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, found)
+    files.write_provenance(out, vars(args), [args.prompts, *maps], found)
     figures = summarise(rows)
     rates = " ".join(f"{rate:.3f}" for rate in figures["position_rates"])
     print(

@@ -1,8 +1,10 @@
-"""The frozen model answers every prompt itself: the training set of FastMTP (arXiv 2509.18362, self-distillation).
+"""The frozen model answers every prompt itself: the training set of FastMTP (arXiv 2509.18362,
+self-distillation).
 
-In this process, on servers that run already (SGLang or OpenAI-compatible), or on SGLang engines started for the run.
-Token ids are kept exactly, every answer of a chat is redone in order, and a killed run continues with the same command:
-answers are kept by what was asked, so prompts that were answered before are not asked again.
+In this process, on servers that run already (SGLang or OpenAI-compatible), or on SGLang engines started for
+the run. Token ids are kept exactly, every answer of a chat is redone in order, and a killed run continues
+with the same command: answers are kept by what was asked, so prompts that were answered before are not asked
+again.
 
     python -m fastmtp.distill --model models/smollm2 --prompts examples/prompts.jsonl --split train --out distilled.jsonl
 """
@@ -10,7 +12,6 @@ answers are kept by what was asked, so prompts that were answered before are not
 from __future__ import annotations
 
 import asyncio
-import functools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,16 +19,14 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from fastmtp import files
-from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.journal import Journal
-from fastmtp.mixture import DataConfig, Sampling, load_samplings, load_yaml
-from fastmtp.prompts import Chat, chats, file_rows, limited, listed_rows
-from fastmtp.serve import ServerError
-
-load_tokenizer = functools.cache(AutoTokenizer.from_pretrained)
+from fastmtp import files, fingerprint
+from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
+from fastmtp.data.journal import Journal
+from fastmtp.data.mixture import DataConfig, Sampling, load_samplings, load_yaml
+from fastmtp.data.prompts import Chat, chats, file_rows, limited, listed_rows
+from fastmtp.engines.process import ServerError
+from fastmtp.tokenizer import end_ids, load_tokenizer
 
 
 def parser() -> Parser:
@@ -39,19 +38,42 @@ def parser() -> Parser:
         "python -m fastmtp.distill --model models/smollm2 --data configs/data/local.yaml --engines 2 --in-flight 2048 \\\n"
         "    --out data/distilled.jsonl",
     )
-    p.add_argument("--model", required=True, help="model folder; with --server, the one that the server serves")
+    p.add_argument(
+        "--model", required=True, help="model folder; with --server, the one that the server serves"
+    )
     asked = p.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompts", nargs="+", help="jsonl with `messages` or `prompt`, and optionally id, source, lang")
-    asked.add_argument("--data", help="data set list: sources, local or on the Hub, and their sampling (configs/data/*.yaml)")
+    asked.add_argument(
+        "--prompts", nargs="+", help="jsonl with `messages` or `prompt`, and optionally id, source, lang"
+    )
+    asked.add_argument(
+        "--data", help="data set list: sources, local or on the Hub, and their sampling (configs/data/*.yaml)"
+    )
     p.add_argument("--split", help="of --prompts, use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
-    p.add_argument("--out", required=True, help="distilled samples, jsonl; what got no answer goes to failed.jsonl beside it")
+    p.add_argument(
+        "--out",
+        required=True,
+        help="distilled samples, jsonl; what got no answer goes to failed.jsonl beside it",
+    )
     way = p.add_mutually_exclusive_group()
-    way.add_argument("--server", nargs="+", metavar="URL", help="ask these: SGLang, or http://.../v1 for OpenAI-compatible")
-    way.add_argument("--engines", type=int, metavar="N", help="start N SGLang engines on the visible GPUs and ask them")
-    p.add_argument("--in-flight", type=int, default=1024, help="chats asked of servers at a time (default %(default)s)")
-    p.add_argument("--timeout", type=float, default=1800.0, help="seconds for one answer of a server (default %(default)g)")
-    p.add_argument("--batch-size", type=int, default=32, help="without servers: prompts generated together (default 32)")
+    way.add_argument(
+        "--server", nargs="+", metavar="URL", help="ask these: SGLang, or http://.../v1 for OpenAI-compatible"
+    )
+    way.add_argument(
+        "--engines", type=int, metavar="N", help="start N SGLang engines on the visible GPUs and ask them"
+    )
+    p.add_argument(
+        "--in-flight", type=int, default=1024, help="chats asked of servers at a time (default %(default)s)"
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=1800.0,
+        help="seconds for one answer of a server (default %(default)g)",
+    )
+    p.add_argument(
+        "--batch-size", type=int, default=32, help="without servers: prompts generated together (default 32)"
+    )
     default = Sampling()
     for flag, kind, text in (
         ("max_new_tokens", int, "longest answer"),
@@ -62,7 +84,9 @@ def parser() -> Parser:
         name = f"--{flag.replace('_', '-')}"
         p.add_argument(name, type=kind, help=f"{text} (default {getattr(default, flag)})")
     p.add_argument("--sampling", metavar="YAML", help="source -> these four, for sources that want their own")
-    p.add_argument("--seed", type=int, default=0, help="another one asks anew; servers draw by their own (default 0)")
+    p.add_argument(
+        "--seed", type=int, default=0, help="another one asks anew; servers draw by their own (default 0)"
+    )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="without --server")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="without servers")
     return p
@@ -86,27 +110,19 @@ class Questions:
         rows = listed_rows(data, args.data, args.seed) if data else file_rows(args.prompts, args.split)
         self.rows = limited(rows, args.limit)
         # What a server computes in is its own affair; here float32 and bfloat16 are two ways to answer.
-        self.tag = f"{files.state(files.existing(args.model, 'model folder'))} {args.dtype} {args.seed}"
+        self.tag = (
+            f"{fingerprint.content(files.existing(args.model, 'model folder'))[:12]} {args.dtype} {args.seed}"
+        )
         self.keys = {chat.key for chat in self.chats()}
 
     def chats(self) -> Iterator[Chat]:
         return chats(self.rows, self.default, self.sampling, self.tag)
 
 
-def end_ids(folder: str, tokenizer) -> set[int]:
-    """The ids that end an answer, from a model folder and its tokenizer."""
-    ends = {tokenizer.eos_token_id}
-    for name in ("config.json", "generation_config.json"):
-        if (Path(folder) / name).exists():
-            found = files.read_json(Path(folder) / name).get("eos_token_id")
-            ends |= set(found if isinstance(found, list) else [found])
-    return ends - {None}
-
-
 async def ask_servers(urls: list[str], args, questions: Questions, journal: Journal, bar: tqdm) -> None:
     """Answer the questions on running servers."""
-    from fastmtp.converse import converse_all
-    from fastmtp.distill_server import Servers
+    from fastmtp.data.converse import converse_all
+    from fastmtp.data.servers import Servers
 
     tokenizer = load_tokenizer(args.model)
     context = files.read_json(Path(args.model) / "config.json")["max_position_embeddings"]
@@ -118,12 +134,14 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
     """Answer what `journal` lacks, the way that the arguments say."""
     if journal.done >= questions.keys:
         return
-    bar = tqdm(total=len(questions.keys), initial=len(journal.done), desc="distill", unit="prompt", smoothing=0.05)
+    bar = tqdm(
+        total=len(questions.keys), initial=len(journal.done), desc="distill", unit="prompt", smoothing=0.05
+    )
     with bar:
         if args.server:
             asyncio.run(ask_servers(args.server, args, questions, journal, bar))
         elif args.engines:
-            from fastmtp.engines import engines
+            from fastmtp.data.engines import engines
 
             logs = Path(tempfile.mkdtemp(prefix="fastmtp-engines-"))
             tqdm.write(f"starting {args.engines} engines; their logs are in {logs}", file=sys.stderr)
@@ -131,8 +149,8 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
                 bar.unpause()
                 asyncio.run(ask_servers(urls, args, questions, journal, bar))
         else:
+            from fastmtp.data.generate import generate
             from fastmtp.decoding import load
-            from fastmtp.generate import generate
 
             model = load(args.model, args.dtype, args.device)
             bar.unpause()
@@ -158,9 +176,8 @@ def check(args, flags: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, flags = parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    ours, flags = split_at_dashes(argv)
+    args = parser().parse_args(ours)
     check(args, flags)
     questions = Questions(args)
     try:

@@ -8,6 +8,8 @@ how it was made.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import gzip
 import hashlib
 import importlib.metadata
@@ -20,9 +22,10 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fastmtp import fingerprint
 from fastmtp.cli import InputError
 
 
@@ -68,27 +71,142 @@ def read_json(path: str | Path) -> dict:
     return _json_object(existing(path).read_bytes(), str(path))
 
 
+def record_of(output: str | Path) -> Path:
+    """Where an output's provenance is kept: `run.json` in a folder, `NAME.run.json` beside a file."""
+    output = Path(output)
+    return output / "run.json" if output.is_dir() else output.with_name(output.name + ".run.json")
+
+
+def read_record(path: Path) -> dict | None:
+    """A provenance file of ours; None if there is none, or one of another kind."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("command"), str) else None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this project wrote `path`: its own record says so, or that of a folder around it.
+
+    A folder's record names what was there before us (`others`); those stay somebody else's.
+    """
+    if read_record(record_of(path)) is not None:
+        return True
+    for folder in list(path.absolute().parents)[:4]:
+        record = read_record(folder / "run.json")
+        if record is not None:
+            return path.absolute().relative_to(folder).parts[0] not in record.get("others", [])
+    return False
+
+
+def check_output(path: str | Path) -> None:
+    """InputError if something that is not ours would be replaced by an output `path`, file or whole folder."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not is_ours(path):
+        what = "the folder holds other files" if path.is_dir() else "the file was not written by this project"
+        raise InputError(f"{path}: {what} and would be replaced; give another path or remove it")
+    if path.is_dir():
+        files = (read_record(path / "run.json") or {}).get("files")
+        added = [p.name for p in path.iterdir() if files and p.name not in (*files, fingerprint.CACHE)]
+        if added:
+            raise InputError(
+                f"{path}: {min(added)} in it was not written by this project; move it elsewhere first"
+            )
+
+
+_claimed: dict[Path, int] = {}  # records that this process holds open and locked, until it ends
+
+
+def claim(output: str | Path, folder: bool = False) -> None:
+    """Say that this process writes `output`, before any work is done; keep other processes away from it.
+
+    A file that is not ours stays untouched. With `folder`, a folder that holds somebody's files is shared,
+    and theirs are never replaced. (A folder that is written whole needs `check_output` alone.) Raises
+    InputError for an output that is not ours or that another process is writing.
+    """
+    output = Path(output)
+    if folder:
+        output.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = record_of(output)
+    if record.absolute() in _claimed:
+        return
+    if not folder:
+        check_output(output)
+    if record.exists() and record.stat().st_size and read_record(record) is None:
+        raise InputError(f"{record}: not a record of this project; give another --out")
+    handle = os.open(record, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(
+            f"{output}: another process is writing it; wait for it or give another --out"
+        ) from None
+    if not os.fstat(handle).st_size:
+        others = sorted(p.name for p in output.iterdir() if p != record) if folder else []
+        os.write(handle, json.dumps({"command": command_line(), "others": others}).encode())
+    _claimed[record.absolute()] = handle
+
+
+def release(output: str | Path) -> None:
+    """Let other processes write `output` again; a no-op if it is not claimed."""
+    handle = _claimed.pop(record_of(output).absolute(), None)
+    if handle is not None:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path` (file or folder, the caller makes it); rename it there on success.
 
-    A folder already there is replaced only if it is empty or an output of ours (`run.json`); InputError otherwise.
+    What is there already is replaced only if it is ours (`check_output`). Raises InputError otherwise, and if
+    the disk is full, after which nothing is left behind.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / "run.json").exists():
-        raise InputError(f"{path}: the folder holds other files and would be replaced; give a new one or remove it")
+    check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with disk_errors(path):
+            yield temporary
+            if temporary.is_dir() and path.is_dir():
+                replace_folder(temporary, path)
+            else:
+                os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put folder `new` in the place of `old`. A kill in between leaves both, `old` under a hidden name."""
+    aside = old.with_name(f".{old.name}.{os.getpid()}.old")
+    os.rename(old, aside)
+    os.rename(new, old)
+    shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """InputError in one line if the disk is full while `path` is written, whichever library notices it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reasons = [error, error.__cause__, error.__context__]
+        full = any(isinstance(r, OSError) and r.errno in (errno.ENOSPC, errno.EDQUOT) for r in reasons)
+        if full or "No space left on device" in str(error) or "os error 28" in str(error):
+            raise InputError(
+                f"{path}: the disk is full; free some space and run the same command again"
+            ) from None
+        raise
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -103,52 +221,56 @@ def write_jsonl(path: str | Path, rows: Iterator[dict] | list[dict]) -> None:
 
 
 @contextlib.contextmanager
-def growing(path: str | Path, config: dict, key: str = "id") -> Iterator[tuple[dict[str, dict], Callable[[dict], None]]]:
+def growing(
+    path: str | Path, found: dict[str, object], key: str = "id"
+) -> Iterator[tuple[dict[str, dict], Callable[[dict], None]]]:
     """A jsonl output that grows row by row and survives an interruption.
 
-    Gives (rows already there by their `key`, write). Rows go to a hidden file beside `path`, named by `config` so that
-    other settings start afresh; it becomes `path` when the block ends without an error. A last line cut by a kill is
-    dropped. A finished `path` whose run.json records the same config counts as done.
+    found: the fingerprint of what its rows depend on. Gives (rows already there by their `key`, write). Rows
+    go to a hidden file beside `path`, named by `found` so that other settings start afresh; it becomes `path`
+    when the block ends without an error. A last line cut by a kill is dropped. A finished `path` whose record
+    has the same fingerprint counts as done; a difference is said by name.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tag = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    partial = path.with_name(f".{path.name}.{tag}.partial")
-    done: dict[str, dict] = {}
-    record = path.with_name(path.stem + ".run.json")
-    if path.exists() and record.exists() and not partial.exists():
-        if json.loads(record.read_text(encoding="utf-8"))["config"] == json.loads(json.dumps(config, default=str)):
+    claim(path)
+    partial = path.with_name(f".{path.name}.{fingerprint.digest(found)[:12]}.partial")
+    record = read_record(record_of(path)) or {}
+    if path.exists() and not partial.exists():
+        before = record.get("fingerprint") or {}
+        changed = fingerprint.differences(before, found)
+        if not changed:
             shutil.copyfile(path, partial)
-    if partial.exists():
-        text = partial.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            partial.write_bytes(whole)
-        done = {row[key]: row for row in map(json.loads, whole.splitlines())}
-    with open(partial, "a", encoding="utf-8") as out:
+        elif before:
+            print(f"{path}: made anew, other than before: {'; '.join(changed)}", file=sys.stderr)
+    done = _whole_rows(partial, key) if partial.exists() else {}
+    if done:
+        print(f"{path}: {len(done)} rows kept", file=sys.stderr)
+    with disk_errors(path), open(partial, "a", encoding="utf-8") as out:
 
         def write(row: dict) -> None:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
 
         yield done, write
+    # The record speaks of the old rows: a kill between these two lines must not leave it beside the new ones.
+    _rewrite(record_of(path), {"command": command_line()})
     os.replace(partial, path)
 
 
-def state(folder: str | Path) -> str:
-    """A short tag of what a model folder holds (names, sizes, times), so that results of other weights are not reused."""
-    facts = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).iterdir() if p.is_file())
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-
-
-def settings(args) -> dict:
-    """A command's arguments (its `model` folder, its `prompts` file among them) and what the two hold, for `growing`."""
-    return {**vars(args), "model_state": state(existing(args.model, "model folder")), "prompts_sha256": sha256(args.prompts)}
+def _whole_rows(partial: Path, key: str) -> dict[str, dict]:
+    """Rows of a file that a kill may have cut short; what is left of a cut line is removed."""
+    text = partial.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(partial, len(whole))
+    return {row[key]: row for row in map(json.loads, whole.splitlines())}
 
 
 def python_path() -> str:
     """PYTHONPATH for a process that must import this package, where it is not installed too."""
-    return os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join(
+        [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
 
 
 def sha256(path: str | Path) -> str:
@@ -157,32 +279,76 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def provenance(config: dict, inputs: list[str | Path] = ()) -> dict:
-    """What made an output: resolved config, command, versions, git commit, hashes of the input files."""
-    versions = {"python": platform.python_version()}
-    for package in ("fastmtp", "torch", "transformers", "ms-swift", "sglang"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+def command_line() -> str:
+    """The command that is running, as a user would type it: no paths of this machine's installation."""
     here = Path(__file__).resolve().parent
     # `-m fastmtp.x` runs anywhere; the file's path would only tell whose machine this was.
     program = Path(sys.argv[0]).resolve()
     start = ["-m", f"{here.name}.{program.stem}"] if program.parent == here else [sys.argv[0]]
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or an installed package
-        asked = ["git", "-C", here, "rev-parse", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    return shlex.join(["python", *start, *sys.argv[1:]])
+
+
+def git_state() -> dict[str, object]:
+    """{"git_commit", "git_dirty"} of this checkout; None for both if this is an installed package."""
+    here = Path(__file__).resolve().parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", here, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+        return {"git_commit": commit, "git_dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
+
+
+def provenance(
+    config: dict, inputs: Sequence[str | Path] = (), found: dict[str, object] | None = None
+) -> dict:
+    """What made an output: command, resolved config, hashes of the input files, versions, git commit; `found`
+    is the fingerprint by which a later run knows whether it may keep the output.
+    """
+    versions = {"python": platform.python_version()}
+    for package in ("fastmtp", "torch", "transformers", "ms-swift", "sglang", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
-        "command": shlex.join(["python", *start, *sys.argv[1:]]),
+        "command": command_line(),
         "config": config,
+        **({"fingerprint": found} if found is not None else {}),
         "inputs": {str(p): sha256(p) for p in map(Path, inputs) if p.is_file()},
         "versions": versions,
-        "git_commit": commit,
+        **git_state(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def write_provenance(output: str | Path, config: dict, inputs: list[str | Path] = ()) -> None:
-    """Write `run.json` into a folder output, or `NAME.run.json` beside a file output."""
+def write_provenance(
+    output: str | Path,
+    config: dict,
+    inputs: Sequence[str | Path] = (),
+    found: dict[str, object] | None = None,
+) -> None:
+    """Write the record of a finished output (see `record_of`); whoever claimed it lets go."""
     output = Path(output)
-    target = output / "run.json" if output.is_dir() else output.with_name(output.stem + ".run.json")
-    write_json(target, provenance(config, inputs))
+    record = record_of(output)
+    others = (read_record(record) or {}).get("others", [])
+    facts = provenance(config, inputs, found) | ({"others": others} if others else {})
+    if output.is_dir():
+        facts["files"] = sorted({*(p.name for p in output.iterdir()), record.name} - {*others})
+    if record.exists() and read_record(record) is None and record.stat().st_size:
+        raise InputError(f"{record}: not a record of this project; give another --out")
+    _rewrite(record, facts)
+    release(output)
+
+
+def _rewrite(record: Path, facts: dict) -> None:
+    temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
+    with disk_errors(record):
+        try:
+            temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, record)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,14 +1,16 @@
-"""A start for a fresh head that is solved, not trained: the backbone's last layer, fed with a least-squares guess of its input.
+"""A start for a fresh head that is solved, not trained: the backbone's last layer, fed with a least-squares
+guess of its input.
 
-At position p the head has the backbone's state h_p and the embedding of token p+1. What enters the backbone's last
-decoder layer at p+1 makes, through that layer and the final norm, the backbone's own choice of token p+2. So the head
-takes over the layer and the norm, and its input matrix W is the linear map whose guess of that input is best:
+At position p the head has the backbone's state h_p and the embedding of token p+1. What enters the backbone's
+last decoder layer at p+1 makes, through that layer and the final norm, the backbone's own choice of token
+p+2. So the head takes over the layer and the norm, and its input matrix W is the linear map whose guess of
+that input is best:
 
     minimise over W   sum over p of  |W [norm(h_p); norm(Emb(x_{p+1}))] - y_{p+1}|^2 / mean(y_{p+1}^2)
 
-y: what enters the last layer. One pass over the model's own answers and one linear system; no step is taken. Training
-goes on from there (export it into the base, give that folder as the recipe's `model`), at a low rate: in our one run
-5e-4 undid it, 1.5e-4 did not.
+y: what enters the last layer. One pass over the model's own answers and one linear system; no step is taken.
+Training goes on from there (export it into the base, give that folder as the recipe's `model`), at a low
+rate: in our one run 5e-4 undid it, 1.5e-4 did not.
 
     python -m fastmtp.fit_head --model models/qwen --data distilled.jsonl --out runs/qwen_start
 """
@@ -25,10 +27,10 @@ from tqdm import tqdm
 
 from fastmtp import files
 from fastmtp.acceptance import read_samples
+from fastmtp.checkpoint import PREFIX
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import load
-from fastmtp.export import PREFIX
-from fastmtp.modeling_mimo import MiMoForCausalLM
+from fastmtp.head.modeling_mimo import MiMoForCausalLM
 from fastmtp.prepare_model import take_over
 
 SINKS = 4  # the first positions' states are huge (attention sinks, arXiv 2309.17453) and like no others
@@ -37,19 +39,24 @@ RIDGE = 1e-4  # of the mean square of a feature: directions that the text hardly
 
 @torch.inference_mode()
 def equations(net: MiMoForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [T-5, 2H] and targets [T-5, H] of one text, float64, both over the target's root mean square. ids: [T]."""
+    """Features [T-5, 2H] and targets [T-5, H] of one text, float64, both over the target's root mean square.
+    ids: [T].
+    """
     found = net.model(input_ids=ids[None], output_hidden_states=True)
     states, entering = found.last_hidden_state[0], found.hidden_states[-2][0]
     embeds = net.model.embed_tokens(ids)
     head = net.head
-    features = torch.cat([head.hidden_layernorm(states[:-1]), head.token_layernorm(embeds[1:])], dim=-1)[SINKS:]
+    features = torch.cat([head.hidden_layernorm(states[:-1]), head.token_layernorm(embeds[1:])], dim=-1)[
+        SINKS:
+    ]
     targets = entering[1 + SINKS :].double()
     scale = targets.pow(2).mean(-1, keepdim=True).sqrt()
     return features.double() / scale, targets / scale
 
 
 def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Tensor], float, int]:
-    """Head tensors by full name, the share of the targets' square that W explains, and the number of positions.
+    """Head tensors by full name, the share of the targets' square that W explains, and the number of
+    positions.
 
     The head of `net` becomes the solved one. InputError for fewer positions than W has columns.
     """
@@ -66,7 +73,9 @@ def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Ten
             cross += x.T @ y
             total, positions = total + y.pow(2).sum().item(), positions + len(x)
     if positions < 2 * width:
-        raise InputError(f"--data: {positions} positions for {2 * width} columns; give more samples, best 50 times as many positions")
+        raise InputError(
+            f"--data: {positions} positions for {2 * width} columns; give more samples, best 50 times as many positions"
+        )
     ridge = RIDGE * square.diagonal().mean() * torch.eye(2 * width, dtype=torch.float64, device=weight.device)
     solved = torch.linalg.solve(square + ridge, cross)
     left = total - 2 * (solved * cross).sum().item() + (solved * (square @ solved)).sum().item()
@@ -83,9 +92,16 @@ def parser() -> Parser:
         "python -m fastmtp.export --base models/qwen --head runs/qwen_start --out models/qwen-start",
     )
     p.add_argument("--model", required=True, help="model folder, from fastmtp.prepare_model")
-    p.add_argument("--data", required=True, help="distilled or curated samples; some 500 answers of the model itself")
+    p.add_argument(
+        "--data", required=True, help="distilled or curated samples; some 500 answers of the model itself"
+    )
     p.add_argument("--limit", type=int, help="use only the first N samples")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model (default %(default)s)")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="of the model (default %(default)s)",
+    )
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", required=True, metavar="FOLDER", help="the head, as training would leave it")
     return p
@@ -100,8 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with files.atomic(Path(args.out)) as folder:
         folder.mkdir()
         save_file(head, folder / "model.safetensors", metadata={"format": "pt"})
-        files.write_provenance(folder, vars(args) | {"positions": positions, "explained": explained}, [args.data])
-    print(f"fitted {args.out}: {positions} positions, {100 * explained:.1f} % of the last layer's input explained")
+        files.write_provenance(
+            folder, vars(args) | {"positions": positions, "explained": explained}, [args.data]
+        )
+    print(
+        f"fitted {args.out}: {positions} positions, {100 * explained:.1f} % of the last layer's input explained"
+    )
 
 
 if __name__ == "__main__":

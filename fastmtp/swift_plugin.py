@@ -1,4 +1,5 @@
-"""Everything ms-swift needs to know to train an MTP head, through its public extension points (`external_plugins`).
+"""Everything ms-swift needs to know to train an MTP head, through its public extension points
+(`external_plugins`).
 
 - loader: MiMo layout, head kept in float32 under bf16 autocast (in bf16 the norms' small updates round away);
 - template: the model's own chat template (chat.py), per-step losses in the log, head-only checkpoints;
@@ -25,9 +26,9 @@ from torch.distributed.tensor import DTensor
 
 from fastmtp.acceptance import measure, pooled, read_samples
 from fastmtp.chat import encode_chat
+from fastmtp.checkpoint import PREFIX
 from fastmtp.decoding import Model
-from fastmtp.export import PREFIX
-from fastmtp.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
+from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
 
 NAME = "fastmtp_mimo"
 
@@ -49,7 +50,9 @@ class MiMoLoader(ModelLoader):
         return config
 
     def _update_attn_impl(self, config) -> None:
-        """Recipes that pack say `attn_impl: flash_attn`, or ms-swift refuses; the model has its own attention over documents."""
+        """Recipes that pack say `attn_impl: flash_attn`, or ms-swift refuses; the model has its own attention
+        over documents.
+        """
         self.attn_impl = "sdpa"
         super()._update_attn_impl(config)
 
@@ -82,7 +85,9 @@ class MTPTemplate(Template):
     gathered: dict[str, torch.Tensor] | None = None  # the head as GatherCallback left it
 
     def save_callback(self, model, output_dir: str) -> None:
-        """Checkpoints hold the head alone; ms-swift loads them over the base on resume, fastmtp.export merges them."""
+        """Checkpoints hold the head alone; ms-swift loads them over the base on resume, fastmtp.export merges
+        them.
+        """
         head = self.gathered or head_of(model)
         save_file(head, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
 
@@ -104,20 +109,26 @@ class GatherCallback(TrainerCallback):
 
 
 class TauCallback(TrainerCallback):
-    """At every checkpoint: `eval_tau` and `eval_rate_k` of MTP_EVAL_DATA's first MTP_EVAL_LIMIT samples, in the log.
+    """At every checkpoint: `eval_tau` and `eval_rate_k` of MTP_EVAL_DATA's first MTP_EVAL_LIMIT samples, in
+    the log.
 
-    The figures are fastmtp.acceptance's for the same samples, K and precision (under bf16 autocast the head's weights
-    are float32 here and bfloat16 there). Rank 0 measures. The best checkpoint is kept whatever `save_total_limit`.
+    The figures are fastmtp.acceptance's for the same samples, K and precision (under bf16 autocast the head's
+    weights are float32 here and bfloat16 there). Rank 0 measures. The best checkpoint is kept whatever
+    `save_total_limit`.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         plugin = trainer.accelerator.state.deepspeed_plugin
         if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-            raise RuntimeError("mtp_eval_data needs the whole model on one rank; leave it out with FSDP and ZeRO-3")
+            raise RuntimeError(
+                "mtp_eval_data needs the whole model on one rank; leave it out with FSDP and ZeRO-3"
+            )
         limit, path = os.environ.get("MTP_EVAL_LIMIT"), os.environ["MTP_EVAL_DATA"]
         vocab_size = self.net.config.vocab_size
-        self.samples = read_samples(path, vocab_size, int(limit) if limit else None, trainer.template.tokenizer)
+        self.samples = read_samples(
+            path, vocab_size, int(limit) if limit else None, trainer.template.tokenizer
+        )
 
     @property
     def net(self) -> MiMoForCausalLM:
@@ -167,7 +178,10 @@ def check_trainable(model: torch.nn.Module) -> None:
 
 callbacks_map["mtp_tau"] = TauCallback
 callbacks_map["mtp_gather"] = GatherCallback
-register_template(TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], suffix=[], template_cls=MTPTemplate))
+register_template(
+    TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], suffix=[], template_cls=MTPTemplate)
+)
 register_model(
-    ModelMeta(NAME, [ModelGroup([])], MiMoLoader, template=NAME, architectures=["MiMoForCausalLM"]), exist_ok=True
+    ModelMeta(NAME, [ModelGroup([])], MiMoLoader, template=NAME, architectures=["MiMoForCausalLM"]),
+    exist_ok=True,
 )

@@ -1,8 +1,9 @@
 """Fine-tune the head: check a recipe, then run `swift sft` on it (stock ms-swift, our plugin).
 
-A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (modeling_mimo.MiMoConfig's mtp_*). With
-`mtp_eval_data`, held-out samples of which `mtp_eval_limit` are used, tau is measured at every checkpoint, and the link
-`best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers. Overrides are flags of the same names. An unknown key is an error.
+A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (modeling_mimo.MiMoConfig's
+mtp_*). With `mtp_eval_data`, held-out samples of which `mtp_eval_limit` are used, tau is measured at every
+checkpoint, and the link `best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers. Overrides
+are flags of the same names. An unknown key is an error.
 
     python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5
     NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml --resume_from_checkpoint runs/mimo7b_k3/last-checkpoint
@@ -22,10 +23,10 @@ from pathlib import Path
 import yaml
 
 from fastmtp import files
+from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.export import read_head
-from fastmtp.modeling_mimo import SETTINGS, MiMoConfig
-from fastmtp.recursion import ATTENTIONS
+from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
+from fastmtp.head.recursion import ATTENTIONS
 
 HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile")
 NEEDED = ("model", "model_type", "external_plugins", "dataset", "output_dir", "model_kwargs")
@@ -38,14 +39,18 @@ def read_recipe(path: str | Path) -> dict:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         line = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}:{line.line + 1 if line else 1}: not YAML ({error.problem}); mend this line") from None
+        raise InputError(
+            f"{path}:{line.line + 1 if line else 1}: not YAML ({error.problem}); mend this line"
+        ) from None
     if not isinstance(recipe, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values; see configs/quickstart.yaml")
     return recipe
 
 
 def apply_overrides(recipe: dict, overrides: Sequence[str]) -> dict:
-    """`--key value ...` over a recipe; head keys go to `model_kwargs`. InputError for a value without its key."""
+    """`--key value ...` over a recipe; head keys go to `model_kwargs`. InputError for a value without its
+    key.
+    """
     recipe = {**recipe, "model_kwargs": dict(recipe.get("model_kwargs") or {})}
     values: dict[str, list] = {}
     for word in overrides:
@@ -77,7 +82,11 @@ def check(recipe: dict, known: set[str], where: str) -> None:
         if not recipe.get(key):
             raise InputError(f"{where}: the key '{key}' is missing; see configs/quickstart.yaml")
     head = recipe["model_kwargs"]
-    steps, attention, limit = head.get("mtp_num_steps"), head.get("mtp_attention"), head.get("mtp_eval_limit", 1)
+    steps, attention, limit = (
+        head.get("mtp_num_steps"),
+        head.get("mtp_attention"),
+        head.get("mtp_eval_limit", 1),
+    )
     for name, value in (("mtp_num_steps", steps), ("mtp_eval_limit", limit)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{where}: {name} must be a whole number of at least 1, not {value}")
@@ -91,7 +100,9 @@ def check(recipe: dict, known: set[str], where: str) -> None:
         raise InputError(f"{where}: {error}") from None
     if "mtp_eval_data" in head:
         if recipe.get("val_dataset"):
-            raise InputError(f"{where}: mtp_eval_data picks the best checkpoint by tau, val_dataset by loss; leave one out")
+            raise InputError(
+                f"{where}: mtp_eval_data picks the best checkpoint by tau, val_dataset by loss; leave one out"
+            )
         files.existing(head["mtp_eval_data"], f"file ('mtp_eval_data' in {where})")
     read_head(recipe["model"])
     for key in ("dataset", "val_dataset"):
@@ -102,7 +113,9 @@ def check(recipe: dict, known: set[str], where: str) -> None:
 
 
 def train(recipe: dict) -> None:
-    """Run `swift sft` on a checked recipe; its resolved form is kept in output_dir. SystemExit(1) if it fails."""
+    """Run `swift sft` on a checked recipe; its resolved form is kept in output_dir. SystemExit(1) if it
+    fails.
+    """
     needs = {"mtp_tau": "mtp_eval_data" in recipe["model_kwargs"], "mtp_gather": recipe.get("fsdp")}
     added = [name for name, needed in needs.items() if needed]
     if added:
@@ -115,7 +128,9 @@ def train(recipe: dict) -> None:
         command = [sys.executable, "-c", start, "sft", str(resolved)]
         code = subprocess.run(command, env=environment, check=False).returncode
     if code:
-        print(f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above", file=sys.stderr)
+        print(
+            f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above", file=sys.stderr
+        )
         raise SystemExit(1)
     dataset = recipe["dataset"]
     files.write_provenance(recipe["output_dir"], recipe, [dataset] if isinstance(dataset, str) else dataset)
@@ -127,7 +142,9 @@ def parser() -> Parser:
         "Fine-tune the head on a recipe through `swift sft`. Further flags override the recipe's keys.",
         "python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5",
     )
-    p.add_argument("recipe", nargs="?", default="configs/mimo7b_k3.yaml", help="YAML (default configs/mimo7b_k3.yaml)")
+    p.add_argument(
+        "recipe", nargs="?", default="configs/mimo7b_k3.yaml", help="YAML (default configs/mimo7b_k3.yaml)"
+    )
     return p
 
 
@@ -141,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from fastmtp.swift_plugin import swift_keys
     except ImportError as error:
-        raise InputError(f"ms-swift cannot be imported ({error}); run: pip install 'fastmtp[train]'") from None
+        raise InputError(
+            f"ms-swift cannot be imported ({error}); run: pip install 'fastmtp[train]'"
+        ) from None
     logging.disable(logging.NOTSET)
     check(recipe, swift_keys(), args.recipe)
     train(recipe)

@@ -7,4 +7,4 @@ set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
-exec "$python" -m fastmtp.ablation "$@"
+exec "$python" -m benchmarks.ablation.run "$@"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Useful, chatml_tokenizer, save_folder, useful_model
+from helpers.tiny import Useful, chatml_tokenizer, save_folder, useful_model
 
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread makes them thirty times slower
 

@@ -64,11 +64,15 @@ SUBJECTS = {
 
 
 def hub_rows():
-    """One question of every subject, then a second of each, so that any number of questions covers many subjects."""
+    """One question of every subject, then a second of each, so that any number of questions covers many
+    subjects.
+    """
     import datasets
 
     splits = {s: datasets.load_dataset(DATASET, s, split="val", revision=REVISION) for s in SUBJECTS}
-    return [dict(rows[n], subject=subject) for n in range(2) for subject, rows in splits.items() if n < len(rows)]
+    return [
+        dict(rows[n], subject=subject) for n in range(2) for subject, rows in splits.items() if n < len(rows)
+    ]
 
 
 def turns(row: dict) -> list[str]:

@@ -18,7 +18,9 @@ def hub_rows():
 
 
 def turns(row: dict) -> list[str]:
-    """The statement and, where there is one, the starter code to complete; else a program on stdin and stdout."""
+    """The statement and, where there is one, the starter code to complete; else a program on stdin and
+    stdout.
+    """
     if row["starter_code"].strip():
         how = "Complete this starter code and answer with the whole program:"
         frame = row["starter_code"]

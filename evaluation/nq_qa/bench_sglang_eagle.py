@@ -11,7 +11,12 @@ def hub_rows():
 
 
 TASK = questions.Task(
-    "nq_qa", "NQ (closed book)", questions.SPEC_BENCH, questions.SPEC_BENCH_REVISION, hub_rows, questions.user_turns
+    "nq_qa",
+    "NQ (closed book)",
+    questions.SPEC_BENCH,
+    questions.SPEC_BENCH_REVISION,
+    hub_rows,
+    questions.user_turns,
 )
 
 

@@ -1,8 +1,8 @@
 """The draft's output head on the rows of one token map, switched in place; imports torch alone.
 
-CUDA graphs keep addresses, so the active rows and their ids live in two buffers that never move: a switch copies into
-them, on the stream that replays the graphs, and the next replay sees the new map. Results are full-vocabulary logits,
-so every id that leaves is a token id, whatever map is active when it is read.
+CUDA graphs keep addresses, so the active rows and their ids live in two buffers that never move: a switch
+copies into them, on the stream that replays the graphs, and the next replay sees the new map. Results are
+full-vocabulary logits, so every id that leaves is a token id, whatever map is active when it is read.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from torch import Tensor
 
 
 class ActiveHead:
-    """head: [n, H], this rank's rows of the output matrix, token ids start..start+n-1; maps: {name: [K] token ids}.
+    """head: [n, H], this rank's rows of the output matrix, token ids start..start+n-1; maps: {name: [K] token
+    ids}.
 
-    With the head split over GPUs each rank keeps its own part of every map; ranks then gather full logits as always.
+    With the head split over GPUs each rank keeps its own part of every map; ranks then gather full logits as
+    always.
     Parts differ in length: short ones are filled up with rows whose result goes to a column that is cut off.
     Behind the map `context_rows` rows are kept for other ids: `extend`. In all they are a multiple of 64.
     """
@@ -28,7 +30,9 @@ class ActiveHead:
             for name, part in parts.items()
         }
         self.rows, total = rows, -(-(rows + context_rows) // 64) * 64  # products of odd sizes are slow
-        self.spare = total > rows or any(len(part) < rows for part in parts.values())  # is column `width` needed?
+        self.spare = total > rows or any(
+            len(part) < rows for part in parts.values()
+        )  # is column `width` needed?
         self.columns = torch.full((total,), width, dtype=torch.int64, device=head.device)
         self.weight = torch.zeros(total, head.shape[1], dtype=head.dtype, device=head.device)
         self.active = ""
@@ -49,7 +53,9 @@ class ActiveHead:
         width = self.head.shape[0]
         local = ids[(ids >= self.start) & (ids < self.start + width)] - self.start
         local = torch.cat([local, local.new_full((len(self.columns) - self.rows - len(local),), width)])
-        self.columns[self.rows :].copy_(local, non_blocking=True)  # staged at once: it is small and not pinned
+        self.columns[self.rows :].copy_(
+            local, non_blocking=True
+        )  # staged at once: it is small and not pinned
         self._take(self.rows, len(self.columns))
 
     def refresh(self) -> None:
@@ -62,7 +68,9 @@ class ActiveHead:
         torch.index_select(self.head, 0, rows, out=self.weight[begin:end])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] -> [N, n] of the head's dtype: logits of the active map's ids, the dtype's least elsewhere."""
+        """hidden [N, H] -> [N, n] of the head's dtype: logits of the active map's ids, the dtype's least
+        elsewhere.
+        """
         found = torch.matmul(hidden.to(self.weight.dtype), self.weight.T)
         width = self.head.shape[0]
         full = found.new_full((found.shape[0], width + self.spare), torch.finfo(found.dtype).min)

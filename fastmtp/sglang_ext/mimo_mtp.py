@@ -1,9 +1,10 @@
-"""MiMoMTP whose draft vocabulary follows the language of the running requests; overrides SGLang's class by its name.
+"""MiMoMTP whose draft vocabulary follows the language of the running requests; overrides SGLang's class by
+its name.
 
-SGLang 0.5.17 to 0.5.23. The draft worker's three phases get the batch with its requests before they run; there, on the
-stream that runs the model, the active map is chosen and copied. Verification is untouched, so texts do not change.
-`FASTMTP_DRAFT_VOCAB` names the file that fastmtp.serve wrote; `FASTMTP_CHECK_DRAFTS=1` stops the server at a draft
-outside the map it was drafted with (slow: for tests).
+SGLang 0.5.17 to 0.5.23. The draft worker's three phases get the batch with its requests before they run;
+there, on the stream that runs the model, the active map is chosen and copied. Verification is untouched, so
+texts do not change. `FASTMTP_DRAFT_VOCAB` names the file that fastmtp.serve wrote; `FASTMTP_CHECK_DRAFTS=1`
+stops the server at a draft outside the map it was drafted with (slow: for tests).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.models.mimo_mtp import MiMoMTP as StockMiMoMTP
 from sglang.srt.runtime_context import get_parallel
 
-from fastmtp.draft_vocab import DraftVocab
 from fastmtp.sglang_ext.active_head import ActiveHead
+from fastmtp.vocab.draft_vocab import DraftVocab
 
 VOCAB, CHECK = "FASTMTP_DRAFT_VOCAB", "FASTMTP_CHECK_DRAFTS"
 FIELD = "draft_lang"  # in a request's custom_params
@@ -48,10 +49,14 @@ class MiMoMTP(StockMiMoMTP):
         self.logits_processor = ActiveLogits(config)
 
     def set_embed_and_head(self, embed, head):
-        """SGLang calls this once, before it captures its graphs: share the target's tensors, make the buffers."""
+        """SGLang calls this once, before it captures its graphs: share the target's tensors, make the
+        buffers.
+        """
         super().set_embed_and_head(embed, head)
         if get_parallel().attn_dp_size != 1:
-            raise ValueError("--token-maps: not with DP attention, whose ranks run different requests on one head")
+            raise ValueError(
+                "--token-maps: not with DP attention, whose ranks run different requests on one head"
+            )
         self.vocab = DraftVocab.load(os.environ[VOCAB])
         first = self.lm_head.shard_indices.org_vocab_start_index
         active = ActiveHead(head, self.vocab.maps, first, self.vocab.context_rows)
@@ -103,8 +108,12 @@ class Record:
         if shown and "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # SGLang sets it with --enable-metrics
             import prometheus_client
 
-            switches = prometheus_client.Counter("fastmtp:vocab_switches", "Changes of the draft's token map", ["map"])
-            drafted = prometheus_client.Counter("fastmtp:drafted_tokens", "Tokens drafted with a token map", ["map"])
+            switches = prometheus_client.Counter(
+                "fastmtp:vocab_switches", "Changes of the draft's token map", ["map"]
+            )
+            drafted = prometheus_client.Counter(
+                "fastmtp:drafted_tokens", "Tokens drafted with a token map", ["map"]
+            )
             self.metrics = switches, drafted
 
     def ready(self, text: str) -> None:
@@ -164,7 +173,8 @@ def wrap_worker() -> None:
 
 
 def check(reqs, allowed: tuple[str, set[int]], drafts) -> None:
-    """AssertionError for a draft outside its map (name, ids). drafts: [B * (K + 1)], rows of the newest token and K drafts.
+    """AssertionError for a draft outside its map (name, ids). drafts: [B * (K + 1)], rows of the newest token
+    and K drafts.
 
     A row's first draft came from the phase before, whose map is remembered with the request.
     """

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from helpers.tiny import tiny_model
 
-from fastmtp.losses import IGNORE, cross_entropy
-from fastmtp.recursion import chain_attention, visible
-from fastmtp.teacher import likeliest, soft_cross_entropy
-from fastmtp.varlen import documents, packed_attention
+from fastmtp.head.losses import IGNORE, cross_entropy
+from fastmtp.head.recursion import chain_attention, visible
+from fastmtp.head.teacher import likeliest, soft_cross_entropy
+from fastmtp.head.varlen import documents, packed_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTHS = (1, 130, 64, 333, 17)

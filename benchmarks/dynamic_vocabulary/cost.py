@@ -1,0 +1,435 @@
+"""What a draft vocabulary that follows the language costs and brings at a 7B shape: cycles measured, accept
+lengths given.
+
+    python -m benchmarks.dynamic_vocabulary.cost --sizes 16k,32k --unions 30301,52926 --out results/vocab_cost \\
+        --taus 16k=taus_16k.json,32k=taus_32k.json
+
+First, without a server: the time of a switch, and of the draft's output head inside a CUDA graph that a
+switch must reach. Then SGLang with dummy weights: the whole head, static maps (SGLang's own), and the
+following vocabulary, asked in one language and in two by turns. `--taus` (python -m fastmtp.acceptance
+--token-maps ... --out FILE) adds what
+counts: tokens per second of each choice for each language.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks import shapes
+from evaluation import harness
+from evaluation.backends import BackendError, Server, Turn
+from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.engines import process, sglang
+from fastmtp.engines.sglang import split_flags
+from fastmtp.files import atomic, read_json, write_json, write_provenance
+from fastmtp.sglang_ext.active_head import ActiveHead
+from fastmtp.vocab.draft_vocab import AUTO, MIXED, UNION, DraftVocab
+from fastmtp.vocab.lang import LANGUAGES
+from fastmtp.vocab.script_table import ScriptTable
+from fastmtp.vocab.token_map import parse_size, size_name
+
+LANGS = ("en", "zh")
+CONTEXT_ROWS = 512
+FLAGS = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--random-seed", "0"]
+FLAGS += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
+FLAGS += ["--chunked-prefill-size", "2048", "--max-running-requests", "1", "--cuda-graph-max-bs-decode", "1"]
+FLAGS += [
+    "--disable-prefill-cuda-graph",
+    "--skip-server-warmup",
+    "--grammar-backend",
+    "none",
+    "--sleep-on-idle",
+]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """kind: full, stock (SGLang's own static map) or auto (ours); rows: ids of the map."""
+
+    kind: str
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return "full" if self.kind == "full" else f"{self.kind} {size_name(self.rows)}"
+
+
+def toy_vocab(rows: int, vocab_size: int) -> DraftVocab:
+    """Two maps without a common id, each id a word of its language: drafts of a map keep an answer in its
+    language.
+
+    What a real text does, but with random weights; so that looks at the answer happen and change nothing.
+    """
+    maps = {lang: torch.arange(rows) + n * rows for n, lang in enumerate(LANGS)}
+    maps[MIXED] = torch.arange(rows) + rows // 2
+    kind, weight = np.zeros(vocab_size, np.uint8), np.zeros(vocab_size, np.float32)
+    for lang in LANGS:
+        kind[maps[lang].numpy()], weight[maps[lang].numpy()] = LANGUAGES.index(lang), 1.0
+    return DraftVocab(maps, AUTO, ScriptTable(kind, weight))
+
+
+def timed(work, repeats: int = 50) -> float:
+    """Seconds of `work` on the GPU, mean of `repeats` after three."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        work()
+    begin.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / repeats
+
+
+@torch.inference_mode()
+def kernels(shape: dict, sizes: list[int]) -> list[dict]:
+    """Per size: microseconds of a switch and of the head in a graph, for one row; RuntimeError if a replay is
+    stale.
+    """
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    size = (shape["vocab_size"], shape["hidden_size"])
+    head = torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn((1, size[1]), generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    def graph_of(work):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = work()
+        return graph, result
+
+    full, _ = graph_of(lambda: (hidden @ head.T).float().argmax(-1))
+    found = [
+        {
+            "rows": size[0],
+            "switch_us": 0.0,
+            "head_us": 1e6 * timed(full.replay),
+            "context_us": 0.0,
+            "static_us": 1e6 * timed(full.replay),
+        }
+    ]
+    for rows in sizes:
+        vocab = toy_vocab(rows, size[0])
+        active = ActiveHead(head, vocab.maps)
+        active.activate(LANGS[0])
+        graph, best = graph_of(lambda active=active: active.logits(hidden).float().argmax(-1))
+        for name in (*LANGS, MIXED, LANGS[0]):
+            active.activate(name)
+            graph.replay()
+            wanted = vocab.maps[name][(hidden @ head[vocab.maps[name].cuda()].T).argmax(-1).cpu()]
+            if best.cpu().tolist() != wanted.tolist():
+                raise RuntimeError(
+                    f"after a switch to '{name}' the graph drafted {best.tolist()}, not {wanted.tolist()}"
+                )
+        longer = ActiveHead(head, vocab.maps, context_rows=CONTEXT_ROWS)
+        longer.activate(LANGS[0])
+        longer.extend(vocab.maps[LANGS[1]][:CONTEXT_ROWS])
+        context, _ = graph_of(lambda longer=longer: longer.logits(hidden).float().argmax(-1))
+        turns = [0]
+
+        def switch(active=active, turns=turns):
+            turns[0] += 1
+            active.activate(LANGS[turns[0] % 2])
+
+        small = head[:rows].clone()
+        static, _ = graph_of(lambda small=small: (hidden @ small.T).float().argmax(-1))
+        cost = {"switch_us": timed(switch), "head_us": timed(graph.replay)}
+        cost |= {"context_us": timed(context.replay), "static_us": timed(static.replay)}
+        found.append({"rows": rows} | {name: 1e6 * seconds for name, seconds in cost.items()})
+    return found
+
+
+def start(
+    arm: Arm, folder: Path, port: int, tau: float, steps: int, flags: list[str], shape: dict
+) -> process.Server:
+    """The server of one arm, not started; its map's file is made beside the model folder."""
+    token_map, env = None, {}
+    if arm.kind == "stock":
+        token_map = folder / f"map_{arm.rows}.pt"
+        with atomic(token_map) as temporary:
+            torch.save(torch.arange(arm.rows), temporary)
+    elif arm.kind == "auto":
+        path = folder / f"vocab_{arm.rows}.pt"
+        toy_vocab(arm.rows, shape["vocab_size"]).save(path)
+        env = sglang.extension(path)
+    env |= {"SGLANG_SIMULATE_ACC_LEN": f"{tau:.4f}", "SGLANG_SIMULATE_ACC_METHOD": "match-expected"}
+    env |= {"SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
+    flags = sglang.without(FLAGS, flags) + flags
+    line = sglang.command(str(folder), steps, token_map and str(token_map), 1, port, flags)
+    return process.Server(line, port, folder.parent / "logs" / f"{arm.name.replace(' ', '_')}.log", env=env)
+
+
+async def stream(url: str, arm: Arm, langs: list[str], tokens: int) -> list[Turn]:
+    """One request after the other, each with a prompt of its language's ids."""
+    draw = random.Random(0)
+    turns = []
+    async with Server(url, 300) as server:
+        for lang in langs:
+            low = LANGS.index(lang) * arm.rows if arm.kind == "auto" else 1000
+            prompt = [draw.randrange(low, low + min(arm.rows, 8192)) for _ in range(64)]
+            turns.append(await server.ask(prompt, tokens, ignore_eos=True))
+    return turns
+
+
+def record(name: str, turns: list[Turn]) -> dict:
+    """ms a cycle without prefill, tokens/s of whole requests, and their spread."""
+    tokens = sum(len(t.output_ids) - t.first_tokens for t in turns)
+    seconds = sum(t.latency_s - t.first_s for t in turns)
+    cycles = sum(t.verify_passes for t in turns)
+    rates = [len(t.output_ids) / t.latency_s for t in turns]
+    return {
+        "name": name,
+        "requests": len(turns),
+        "tau": tokens / cycles,
+        "ms_per_cycle": 1000 * seconds / cycles,
+        "tokens_per_s": sum(len(t.output_ids) for t in turns) / sum(t.latency_s for t in turns),
+        "spread": statistics.stdev(rates) if len(rates) > 1 else 0.0,
+    }
+
+
+async def measure(url: str, arm: Arm, requests: int, tokens: int) -> list[dict]:
+    """The arm's rows: one language, and for `auto` two by turns as well, in blocks that alternate."""
+    await stream(url, arm, list(LANGS), 64)
+    one, two = ["en"] * requests, [LANGS[i % 2] for i in range(requests)]
+    if arm.kind != "auto":
+        return [record(arm.name, await stream(url, arm, one * 2, tokens))]
+    same, both = [], []
+    for _ in range(2):
+        same += await stream(url, arm, one, tokens)
+        both += await stream(url, arm, two, tokens)
+    return [record(arm.name, same), record(f"{arm.name}, languages by turns", both)]
+
+
+def switches_in(log: Path) -> int | None:
+    """The last number of switches that the server wrote down."""
+    lines = [
+        line
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if " switches;" in line
+    ]
+    return int(lines[-1].partition(" switches;")[0].split()[-1]) if lines else None
+
+
+def speeds(rows: dict[str, dict], taus: dict[str, dict], size: int, union: int) -> list[dict]:
+    """tau of each choice and language from fastmtp.acceptance, over the measured cycle of its arm."""
+    size_text = size_name(size)
+    cycles = {
+        "full": "full",
+        AUTO: f"auto {size_text}",
+        UNION: f"stock {size_name(union)}",
+        MIXED: f"stock {size_text}",
+    }
+    found = []
+    for lang in LANGS:
+        other = LANGS[1 - LANGS.index(lang)]
+        choices = {
+            "fixed, right": lang,
+            "fixed, wrong": other,
+            "following": AUTO,
+            "mix of this size": MIXED,
+            "union": UNION,
+            "whole head": "full",
+        }
+        for choice, name in choices.items():
+            ms = rows[cycles.get(name, f"stock {size_text}")]["ms_per_cycle"]
+            tau = taus[lang][name]
+            found.append(
+                {
+                    "size": size,
+                    "lang": lang,
+                    "choice": choice,
+                    "tau": tau,
+                    "ms": ms,
+                    "tokens_per_s": 1000 * tau / ms,
+                }
+            )
+    return found
+
+
+def read_taus(path: str) -> dict[str, dict[str, float]]:
+    """{language: {map name: tau}} of a fastmtp.acceptance --out file, sources pooled."""
+    counts: dict[str, dict[str, list[int]]] = {}
+    for row in read_json(path)["rows"]:
+        pair = counts.setdefault(row["lang"], {}).setdefault(row["map"], [0, 0])
+        pair[0] += row["output_tokens"]
+        pair[1] += row["verify_passes"]
+    for lang in LANGS:
+        missing = {*LANGS, MIXED, UNION, AUTO, "full"} - counts.get(lang, {}).keys()
+        if missing:
+            raise InputError(
+                f"{path}: no rows for '{lang}' with {', '.join(sorted(missing))}; run acceptance with --token-maps"
+            )
+    return {lang: {name: t / p for name, (t, p) in maps.items()} for lang, maps in counts.items()}
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        "# A draft vocabulary that follows the language, at 7B shape",
+        "",
+        f"{report['gpu']}, dummy weights, bfloat16, one stream.",
+        "",
+    ]
+    lines += [
+        f"| rows of the head | switch, us | following head, us | with {CONTEXT_ROWS} context rows, us | static head, us |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    columns = ("switch_us", "head_us", "context_us", "static_us")
+    lines += [
+        f"| {r['rows']} | " + " | ".join(f"{r[c]:.1f}" for c in columns) + " |" for r in report["kernels"]
+    ]
+    if report["arms"]:
+        lines += [
+            "",
+            "| server | ms a cycle | tokens/s at tau {:.2f} | spread | switches |".format(
+                report["arms"][0]["tau"]
+            ),
+        ]
+        lines += ["|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| {r['name']} | {r['ms_per_cycle']:.3f} | {r['tokens_per_s']:.1f} | {r['spread']:.1f} | {r.get('switches', '')} |"
+            for r in report["arms"]
+        ]
+    if report["speeds"]:
+        lines += [
+            "",
+            "| map size | language | draft vocabulary | tau | ms a cycle | tokens/s |",
+            "|---|---|---|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {size_name(r['size'])} | {r['lang']} | {r['choice']} | {r['tau']:.3f} | {r['ms']:.3f} | {r['tokens_per_s']:.1f} |"
+            for r in report["speeds"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> Parser:
+    p = Parser(
+        "python -m benchmarks.dynamic_vocabulary.cost",
+        "Time of a switch, cycles of following and static draft vocabularies at 7B shape. Flags after -- go to SGLang.",
+        "python -m benchmarks.dynamic_vocabulary.cost --sizes 16k,32k --unions 30301,52926 --at-once 4 --out results/vocab_cost",
+    )
+    p.add_argument("--shape", choices=sorted(shapes.SHAPES), default="mimo-7b")
+    p.add_argument("--sizes", default="16k,32k", help="rows of one language's map (default %(default)s)")
+    p.add_argument(
+        "--unions",
+        default="30301,52926",
+        help="rows of the languages' maps together, for each size (default: Qwen2's en and zh)",
+    )
+    p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle (default %(default)s)")
+    p.add_argument("--tau", type=float, default=2.4, help="accept length to simulate (default %(default)s)")
+    p.add_argument(
+        "--taus", metavar="16k=FILE,32k=FILE", help="accept lengths from fastmtp.acceptance, one file a size"
+    )
+    p.add_argument("--kernels", action="store_true", help="no servers: only the switch and the head")
+    p.add_argument("--requests", type=int, default=8, help="answers a block (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=256, help="tokens an answer (default %(default)s)")
+    p.add_argument(
+        "--at-once", type=int, default=1, help="servers started side by side (default %(default)s)"
+    )
+    p.add_argument("--port", type=int, default=30400)
+    p.add_argument("--out", required=True, metavar="FOLDER")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    ours, flags = split_flags(argv)
+    args = parser().parse_args(ours)
+    at_least(args, 1, "num_steps", "requests", "tokens", "at_once")
+    shape = shapes.SHAPES[args.shape]
+    sizes, unions = ([parse_size(text) for text in texts.split(",")] for texts in (args.sizes, args.unions))
+    if len(sizes) != len(unions) or 2 * max(sizes + unions) > shape["vocab_size"]:
+        raise InputError(
+            f"--sizes {args.sizes} --unions {args.unions}: one union for each size, two maps within {shape['vocab_size']} ids"
+        )
+    files = dict(part.partition("=")[::2] for part in args.taus.split(",")) if args.taus else {}
+    taus = {parse_size(text): read_taus(path) for text, path in files.items()}
+    out = Path(args.out)
+    shapes.write_folder(shape, out / "model")
+    arms = [Arm("full", shape["vocab_size"])]
+    arms += [Arm(kind, rows) for rows in sizes for kind in ("stock", "auto")] + [
+        Arm("stock", rows) for rows in unions
+    ]
+    arms = [] if args.kernels else list(dict.fromkeys(arms))
+    done = read_json(out / "measured.json") if (out / "measured.json").exists() else {"arms": {}}
+    failed: dict[str, str] = {}
+    if not done.get("kernels") or any(arm.name not in done["arms"] for arm in arms):
+        if not torch.cuda.is_available():
+            raise InputError("no GPU here; costs are measured on one")
+        done |= {"gpu": harness.gpu_name(), "kernels": kernels(shape, [*sizes, *unions])}
+        torch.cuda.empty_cache()
+        failed = measure_all(arms, args, flags, shape, out, done)
+    rows = [row for arm in arms for row in done["arms"].get(arm.name, [])]
+    named = {row["name"]: row for row in rows}
+    found = (
+        []
+        if failed
+        else [
+            r
+            for size, union in zip(sizes, unions, strict=True)
+            if size in taus
+            for r in speeds(named, taus[size], size, union)
+        ]
+    )
+    report = {"gpu": done["gpu"], "kernels": done["kernels"], "arms": rows, "speeds": found}
+    write_json(out / "cost.json", report)
+    with atomic(out / "cost.md") as temporary:
+        temporary.write_text(markdown(report), encoding="utf-8")
+    write_provenance(out, vars(args) | {"sglang_flags": flags}, list(files.values()))
+    print(markdown(report))
+    if failed:
+        sys.exit(
+            f"benchmarks.dynamic_vocabulary.cost: error: not measured: {failed}\nthe same command tries these again"
+        )
+
+
+def measure_all(
+    arms: list[Arm], args, flags: list[str], shape: dict, out: Path, done: dict
+) -> dict[str, str]:
+    """Add missing arms' rows to `done`, kept in OUT/measured.json; errors of those that failed, by name.
+
+    `--at-once` servers start together, each is asked alone.
+    """
+    failures = {}
+    write_json(out / "measured.json", done)
+    todo = [arm for arm in arms if arm.name not in done["arms"]]
+    if todo:
+        sglang.sglang_version()
+    with tqdm(total=len(todo), desc="servers", disable=None) as bar:
+        for first in range(0, len(todo), args.at_once):
+            group = todo[first : first + args.at_once]
+            servers = [
+                start(a, out / "model", args.port + i, args.tau, args.num_steps, flags, shape)
+                for i, a in enumerate(group)
+            ]
+            with process.together(servers) as outcomes:
+                for arm, server, failed in zip(group, servers, outcomes, strict=True):
+                    try:
+                        if failed:
+                            raise failed
+                        rows = asyncio.run(measure(server.url, arm, args.requests, args.tokens))
+                    except (BackendError, process.ServerError) as error:
+                        failures[arm.name] = str(error)
+                        continue
+                    if arm.kind == "auto":
+                        rows[-1]["switches"] = switches_in(server.log)
+                    done["arms"][arm.name] = rows
+                    write_json(out / "measured.json", done)
+                    bar.update()
+    return failures
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,192 @@
+"""What the speed model measures: points (K, draft head, accept length) under variants of engine settings, and
+their servers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import shapes
+from fastmtp.cli import InputError
+from fastmtp.engines import sglang
+from fastmtp.files import atomic
+from fastmtp.vocab.token_map import parse_size
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Engine settings to compare: SGLang's flags and environment variables. The nameless one has none.
+
+    base: the variant whose plain decoding is the measure, where these settings touch drafting alone.
+    """
+
+    name: str = ""
+    base: str = ""
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def plain_flags(self) -> list[str]:
+        """Those that make sense without drafts."""
+        drafting = [flag for flag in self.flags if flag.startswith("--speculative-")]
+        return sglang.without(list(self.flags), drafting)
+
+
+def parse_variants(items: list[str]) -> list[Variant]:
+    """`NAME[:BASE]=[VARIABLE=VALUE ...] [SGLang flags]` each. Raises InputError for another form."""
+    found = []
+    for item in items:
+        match = re.fullmatch(r"(\w[\w-]*)(?::(\w[\w-]*))?=(.*)", item, re.DOTALL)
+        if not match:
+            raise InputError(
+                f"--variant {item}: expected NAME=FLAGS, for example 'fa3=--attention-backend fa3'"
+            )
+        name, base, rest = match.groups()
+        if base and base not in {v.name for v in found if not v.base}:
+            raise InputError(
+                f"--variant {item}: no variant {base} with plain decoding of its own stands before it"
+            )
+        words = shlex.split(rest)
+        first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+        pairs = [word.partition("=") for word in words[:first]]
+        if not all(sign for _, sign, _ in pairs):
+            raise InputError(f"--variant {item}: before the flags only VARIABLE=VALUE may stand")
+        found.append(
+            Variant(
+                name,
+                base or "",
+                tuple(sglang.renamed(words[first:])),
+                {key: value for key, _, value in pairs},
+            )
+        )
+    doubled = {v.name for v in found if sum(w.name == v.name for w in found) > 1}
+    if doubled:
+        raise InputError(f"--variant: {', '.join(sorted(doubled))} is named twice")
+    return found or [Variant()]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. num_steps 0: plain decoding; head_rows: draft vocabulary; tau: simulated accept
+    length.
+    """
+
+    num_steps: int
+    map_name: str | None
+    head_rows: int
+    tau: float
+    variant: Variant = Variant()
+    repeat: bool = False
+
+    @property
+    def name(self) -> str:
+        what = f"k{self.num_steps}-{self.map_name or 'full'}" if self.num_steps else "baseline"
+        return (
+            (f"{self.variant.name}." if self.variant.name else "") + what + ("-repeat" if self.repeat else "")
+        )
+
+    @property
+    def extended(self) -> bool:
+        """Whether our own draft model shortens the draft's vocabulary, instead of SGLang's
+        --speculative-token-map.
+        """
+        return bool(self.map_name) and sglang.EXTERNAL_PACKAGE in self.variant.environment
+
+    def environment(self) -> dict[str, str]:
+        """What makes SGLang accept `tau` tokens a pass on average, with real draft tokens in the output."""
+        kept = {
+            k: v for k, v in self.variant.environment.items() if k != sglang.EXTERNAL_PACKAGE or self.extended
+        }
+        if not self.num_steps:
+            return kept
+        return kept | {
+            "SGLANG_SIMULATE_ACC_LEN": f"{self.tau:.4f}",
+            "SGLANG_SIMULATE_ACC_METHOD": "match-expected",
+            "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
+        }
+
+
+def points(
+    shape: dict, steps: str, maps: str, rates: shapes.Rates, variants: list[Variant], repeat: bool = False
+) -> list[Point]:
+    """For each variant plain decoding, then every K with every map, then plain decoding again if `repeat`.
+
+    Raises InputError for what cannot be measured.
+    """
+    try:
+        wanted = [int(step) for step in steps.split(",")]
+    except ValueError:
+        raise InputError(f"--steps {steps}: expected whole numbers such as 1,2,3") from None
+    if min(wanted) < 1:
+        raise InputError(f"--steps {steps}: plain decoding is measured anyway; give numbers from 1")
+    sizes = []
+    for name in maps.split(","):
+        map_name = None if name == "full" else name
+        rows = shape["vocab_size"] if map_name is None else parse_size(re.sub(r"^[A-Za-z_]+", "", name))
+        if rows > shape["vocab_size"]:
+            raise InputError(f"--maps {name}: larger than the vocabulary of {shape['vocab_size']}")
+        sizes.append((map_name, rows))
+    found = []
+    for variant in variants:
+        plain = [] if variant.base else [Point(0, None, shape["vocab_size"], 1.0, variant)]
+        found += plain
+        found += [Point(k, name, rows, rates.tau(k, name), variant) for name, rows in sizes for k in wanted]
+        found += [replace(point, repeat=True) for point in plain if repeat]
+    return found
+
+
+def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str]:
+    """SGLang's command line for one point; the map's file is made beside the model folder.
+
+    SGLang takes all memory that is free when it looks, minus a share of what was free when it started; so
+    beside others that start too, the key-value pool needs a fixed size, and the share must not bind.
+    """
+    defaults = [
+        "--load-format",
+        "dummy",
+        "--skip-tokenizer-init",
+        "--dtype",
+        "bfloat16",
+        "--random-seed",
+        "0",
+    ]
+    defaults += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
+    defaults += ["--chunked-prefill-size", "2048", "--sleep-on-idle"]
+    defaults += [
+        "--max-running-requests",
+        "1",
+        "--cuda-graph-max-bs-decode",
+        "1",
+        "--disable-prefill-cuda-graph",
+    ]
+    defaults += ["--skip-server-warmup", "--grammar-backend", "none"]
+    token_map = None
+    if point.map_name and not point.extended:
+        # Which rows does not matter to speed; how many does.
+        token_map = folder / f"map_{point.map_name}.pt"
+        with atomic(token_map) as temporary:
+            torch.save(torch.arange(point.head_rows, dtype=torch.int64), temporary)
+    own = list(point.variant.flags) if point.num_steps else point.variant.plain_flags()
+    given = sglang.without(own, flags) + flags
+    given = sglang.without(defaults, given) + given
+    return sglang.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, given)
+
+
+def vocabulary(point: Point, folder: Path) -> dict[str, str]:
+    """Environment in which our own draft model takes the point's map; its file is made beside the model
+    folder.
+    """
+    from fastmtp.vocab.draft_vocab import DraftVocab
+    from fastmtp.vocab.script_table import ScriptTable
+
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    no_letters = ScriptTable(np.zeros(vocab_size, np.uint8), np.zeros(vocab_size, np.float32))
+    path = folder / f"vocab_{point.map_name}.pt"
+    DraftVocab({"all": torch.arange(point.head_rows)}, "fixed:all", no_letters).save(path)
+    return sglang.extension(path)

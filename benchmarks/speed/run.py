@@ -1,0 +1,352 @@
+"""Speed at a shape whose weights are not at hand: dummy weights, SGLang's simulated accept length, one
+stream.
+
+    python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3 --maps full,32k --rates paper --out results/speed_7b
+
+Drafting, verification and the draft's extension run as they would; only how many drafts count as accepted is
+drawn so that its mean is the accept length of `--rates`. So time a cycle is measured and accept length
+assumed. A server is started for every point (SGLang reads the simulated length once); finished points are not
+measured again. `--at-once N` starts N servers side by side and still asks one after the other; `--variant`
+compares engine flags, each variant against plain decoding under the same flags.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import shapes
+from benchmarks.speed import trace
+from benchmarks.speed.points import Point, command, parse_variants, points, vocabulary
+from evaluation import harness
+from evaluation.backends import BackendError, Server, Turn
+from evaluation.run import draw_charts
+from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.engines import process, sglang
+from fastmtp.engines.sglang import split_flags
+from fastmtp.files import atomic, read_jsonl, write_json, write_provenance
+
+PROFILED_CYCLES = 40
+PROFILED_TOKENS = 512  # of the traced answer: more than 0.3 s and the traced cycles take at any K
+
+
+async def measure(
+    url: str, point: Point, requests: int, prompt_tokens: int, tokens: int, timeout: float
+) -> list[Turn]:
+    """`requests` answers of exactly `tokens` tokens, one after the other, after two short ones as warm-up."""
+    draw = random.Random(0)
+    async with Server(url, timeout) as server:
+        for _ in range(2):
+            await server.ask([draw.randrange(1000, 30000) for _ in range(prompt_tokens)], 64, ignore_eos=True)
+        turns = []
+        for _ in range(requests):
+            prompt = [draw.randrange(1000, 30000) for _ in range(prompt_tokens)]
+            turns.append(await server.ask(prompt, tokens, ignore_eos=True))
+    for turn in turns:
+        if len(turn.output_ids) != tokens:
+            raise BackendError(f"{point.name}: {len(turn.output_ids)} tokens came instead of {tokens}")
+        if (turn.verify_passes is None) != (point.num_steps == 0):
+            raise BackendError(
+                f"{point.name}: the server {'does not draft' if point.num_steps else 'drafts'}; see its log"
+            )
+    return turns
+
+
+async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) -> dict:
+    """Trace PROFILED_CYCLES cycles of one request; the summary of benchmarks.speed.trace."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.glob("*.trace.json.gz"))
+    async with Server(url, timeout) as server:
+        # GPU activity alone: recording the host's calls too would slow the very host whose gaps are looked
+        # for.
+        request = {"output_dir": str(folder.resolve()), "num_steps": PROFILED_CYCLES, "activities": ["GPU"]}
+        prompt = list(range(1000, 1000 + prompt_tokens))
+        answer = asyncio.ensure_future(server.ask(prompt, PROFILED_TOKENS, ignore_eos=True))
+        await asyncio.sleep(0.3)  # past the prefill: only whole decoding cycles are wanted
+        await server.post("/start_profile", request | {"with_stack": False, "record_shapes": False})
+        await answer
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        await asyncio.sleep(0.5)
+        for path in set(folder.glob("*.trace.json.gz")) - before:
+            with contextlib.suppress(EOFError, gzip.BadGzipFile, json.JSONDecodeError):  # still being written
+                return trace.summarise(trace.read_events(path))
+    raise BackendError(f"{folder}: no trace appeared within 120 s; see the server's log")
+
+
+def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, bandwidth: float) -> dict:
+    """One measured point: tokens/s and ms a cycle without prefill, and the share of the bandwidth bound.
+
+    bandwidth: bytes/s. The bound takes the same accept length; only the time of a cycle is compared.
+    """
+    tokens = sum(len(t.output_ids) - t.first_tokens for t in turns)
+    seconds = sum(t.latency_s - t.first_s for t in turns)
+    cycles = tokens if not point.num_steps else sum(t.verify_passes for t in turns)
+    context = prompt_tokens + len(turns[0].output_ids) // 2
+    read = shapes.cycle_bytes(shape, point.num_steps, point.head_rows, context)
+    speeds = [(len(t.output_ids) - t.first_tokens) / (t.latency_s - t.first_s) for t in turns]
+    return {
+        "name": point.name,
+        "variant": point.variant.name,
+        "base": point.variant.base or point.variant.name,
+        "variant_flags": list(point.variant.flags),
+        "repeat": point.repeat,
+        "num_steps": point.num_steps,
+        "map": point.map_name,
+        "head_rows": point.head_rows,
+        "tau_asked": point.tau,
+        "tau": tokens / cycles,
+        "tokens_per_s": tokens / seconds,
+        "spread": statistics.stdev(speeds) if len(speeds) > 1 else None,
+        "ms_per_cycle": 1000 * seconds / cycles,
+        "bytes_per_cycle": read,
+        "bound_ms": 1000 * read / bandwidth,
+        "bound_share": read / bandwidth / (seconds / cycles),
+    }
+
+
+def copy_bandwidth(size: int = 4 << 30, repeats: int = 20) -> float:
+    """Bytes/s of copying on the GPU, read and write counted: what a memory-bound kernel can hope for."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        target.copy_(source)
+    begin.record()
+    for _ in range(repeats):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    seconds = begin.elapsed_time(end) / 1000
+    del source, target
+    torch.cuda.empty_cache()
+    return 2 * size * repeats / seconds
+
+
+def parser() -> Parser:
+    p = Parser(
+        "python -m benchmarks.speed.run",
+        "Tokens/s, ms a cycle and speed-up at a shape with dummy weights, for K and maps. Flags after -- go to SGLang.",
+        "python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3,4,5,6,7 --maps full,8k,16k,32k,64k"
+        " --out results/speed_7b",
+    )
+    p.add_argument("--shape", choices=sorted(shapes.SHAPES), default="mimo-7b")
+    p.add_argument("--steps", default="1,2,3,4,5,6,7", help="draft steps K (default %(default)s)")
+    p.add_argument(
+        "--maps",
+        default="full,8k,16k,32k,64k",
+        help="draft vocabulary sizes, as 32k or, to find their rates in FILE, as its arms name them: en32k",
+    )
+    p.add_argument(
+        "--rates",
+        default="paper",
+        metavar="paper|FILE",
+        help="acceptance by position: the paper's or a results.jsonl",
+    )
+    p.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME[:BASE]=FLAGS",
+        help="measure under these SGLang flags, VARIABLE=VALUE before them, against BASE's plain decoding or their own",
+    )
+    p.add_argument(
+        "--repeat-baseline", action="store_true", help="plain decoding once more at the end: drift"
+    )
+    p.add_argument(
+        "--at-once", type=int, default=1, help="servers started side by side (default %(default)s)"
+    )
+    p.add_argument("--requests", type=int, default=5, help="answers a point (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=512, help="tokens an answer (default %(default)s)")
+    p.add_argument("--prompt-tokens", type=int, default=64)
+    p.add_argument(
+        "--profile", action="store_true", help="also trace each point and say where its cycle's time goes"
+    )
+    p.add_argument("--port", type=int, default=30000)
+    p.add_argument("--timeout", type=float, default=300.0, help="seconds one request may take")
+    p.add_argument("--wait", type=float, default=900.0, help="seconds a server may take to start")
+    p.add_argument("--out", required=True, metavar="FOLDER")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    ours, flags = split_flags(argv)
+    args = parser().parse_args(ours)
+    at_least(args, 2, "requests", "tokens", "prompt_tokens")
+    at_least(args, 1, "at_once")
+    shape = shapes.SHAPES[args.shape]
+    rates = shapes.read_rates(args.rates)
+    todo = points(shape, args.steps, args.maps, rates, parse_variants(args.variant), args.repeat_baseline)
+    version = sglang.sglang_version()
+    if not torch.cuda.is_available():
+        raise InputError("no GPU here; the speed model measures SGLang on one")
+    out = Path(args.out)
+    shapes.write_folder(shape, out / "model")
+    facts = {"gpu": harness.gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
+    facts["assumed"] = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
+    failed, table = {}, ""
+    for rows, errors in measure_all(todo, shape, args, flags, out):
+        failed |= errors
+        if not rows:
+            continue
+        report = facts | {"points": with_speedups(rows)}
+        write_json(out / "speed.json", report)
+        table = markdown(report)
+        with atomic(out / "speed.md") as temporary:
+            temporary.write_text(table, encoding="utf-8")
+    write_provenance(out, vars(args) | {"sglang_flags": flags}, [] if args.rates == "paper" else [args.rates])
+    if table:
+        print(table)
+        draw_charts(out)
+    if failed:
+        sys.exit(
+            f"benchmarks.speed.run: error: not measured: {', '.join(failed)}\n{failed[next(iter(failed))]}\n"
+            f"measured points are kept in {out}; the same command tries the others again"
+        )
+
+
+def measure_all(
+    todo: list[Point], shape: dict, args, flags: list[str], out: Path
+) -> Iterator[tuple[list[dict], dict[str, str]]]:
+    """After each group of servers: the rows of all measured points, and the group's errors by name.
+
+    Points in OUT/points.jsonl, made with the same settings, are not measured again.
+    """
+    settings = {
+        "shape": args.shape,
+        "tokens": args.tokens,
+        "prompt_tokens": args.prompt_tokens,
+        "flags": flags,
+    }
+    store = out / "points.jsonl"
+    done = {row["name"]: row for _, row in read_jsonl(store)} if store.exists() else {}
+    foreign = [row["name"] for row in done.values() if row["settings"] != settings]
+    if foreign:
+        raise InputError(f"{store}: {foreign[0]} was measured with other settings; name another --out")
+    missing = [p for p in todo if not _same(done.get(p.name), p)]
+    bandwidth = copy_bandwidth() if missing else 0.0
+    if not missing:
+        yield [done[point.name] for point in todo], {}
+    bar = tqdm(total=len(missing), desc="points", disable=None)
+    for first in range(0, len(missing), args.at_once):
+        group, failed = missing[first : first + args.at_once], {}
+        lines = [command(point, out / "model", args.port + n, flags) for n, point in enumerate(group)]
+        servers = [
+            process.Server(
+                line,
+                args.port + n,
+                out / "logs" / f"{point.name}.log",
+                args.wait,
+                point.environment() | (vocabulary(point, out / "model") if point.extended else {}),
+                stop_patience=2.0,
+            )
+            for n, (line, point) in enumerate(zip(lines, group, strict=True))
+        ]
+        with process.together(servers) as outcomes:
+            for point, line, server, outcome in zip(group, lines, servers, outcomes, strict=True):
+                bar.update()
+                try:
+                    if outcome is not None:
+                        raise outcome
+                    row = measure_point(server.url, point, shape, args, bandwidth, out)
+                except (BackendError, process.ServerError) as error:
+                    failed[point.name] = str(error)
+                    tqdm.write(f"{point.name}: {error}", file=sys.stderr)
+                    continue
+                done[point.name] = row | {
+                    "settings": settings,
+                    "command": line,
+                    "environment": point.environment(),
+                }
+                with atomic(store) as temporary:
+                    temporary.write_text(
+                        "".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8"
+                    )
+                said = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms a cycle"
+                tqdm.write(f"{point.name}: {said}", file=sys.stderr)
+        yield [done[point.name] for point in todo if point.name in done], failed
+    bar.close()
+
+
+def _same(row: dict | None, point: Point) -> bool:
+    """Whether `row` is a measurement of just this point."""
+    known = row is not None and abs(row["tau_asked"] - point.tau) < 1e-9
+    return (
+        known
+        and row["environment"] == point.environment()
+        and row["variant_flags"] == list(point.variant.flags)
+    )
+
+
+def measure_point(url: str, point: Point, shape: dict, args, bandwidth: float, out: Path) -> dict:
+    """Ask one server, and trace it if wanted."""
+    turns = asyncio.run(measure(url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout))
+    row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
+    if args.profile:
+        try:
+            found = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+        except (BackendError, ValueError) as error:  # the measurement itself is good
+            tqdm.write(f"{point.name}: no profile: {error}", file=sys.stderr)
+            return row
+        row["profile"] = found
+        text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms a cycle\n"
+        (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
+    return row
+
+
+def with_speedups(rows: list[dict]) -> list[dict]:
+    """Each row against the plain decoding of its variant, or of that one's base; None where that could not be
+    measured.
+    """
+    plain = {
+        row["variant"]: row["tokens_per_s"] for row in rows if row["num_steps"] == 0 and not row["repeat"]
+    }
+    dropped = ("settings", "command", "environment", "profile")
+    found = []
+    for row in rows:
+        speedup = row["tokens_per_s"] / plain[row["base"]] if row["base"] in plain else None
+        found.append({k: v for k, v in row.items() if k not in dropped} | {"speedup": speedup})
+    return found
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        f"# Speed at the shape of {report['shape']}, dummy weights",
+        "",
+        f"{report['gpu']}, SGLang {report['sglang']}, one stream, accept lengths simulated from {report['rates']}. Prefill is left "
+        f"out. The bound is a cycle's bytes over a measured copy bandwidth of {report['points'][0]['copy_bandwidth'] / 1e12:.2f} TB/s.",
+        "",
+        "| point | accept length | tok/s | speed-up | ms a cycle | GB a cycle | share of the bound |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["points"]:
+        speed = f"{row['tokens_per_s']:.1f}" + (
+            f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
+        )
+        gain = f"{row['speedup']:.2f}x" if row["speedup"] else "-"
+        lines.append(
+            f"| {row['name']} | {row['tau']:.2f} | {speed} | {gain} | {row['ms_per_cycle']:.3f} | "
+            f"{row['bytes_per_cycle'] / 1e9:.2f} | {row['bound_share']:.0%} |"
+        )
+    if report["assumed"]:
+        names = ", ".join(report["assumed"])
+        lines += [
+            "",
+            f"Nobody measured the acceptance of {names} here: one accept length is assumed, only the cost differs.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)

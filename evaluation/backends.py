@@ -1,0 +1,285 @@
+"""Who answers: an SGLang server over its native /generate, or the reference decoder in this process.
+
+Token ids go in, token ids come out, with the engine's own accounting. Responses are streamed with an interval
+longer
+than any answer, so a request costs the server two messages: its first token, which gives the time to first
+token, and its end, whose `meta_info` holds verify passes and the accept histogram. SGLang 0.5.17 to 0.5.23
+take `stream_interval` per request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+
+import aiohttp
+
+from fastmtp import decoding
+from fastmtp.vocab.token_map import load_token_map
+
+
+class BackendError(Exception):
+    """The server or decoder failed or answered nonsense. One line; answers already finished are kept."""
+
+
+@dataclass
+class Turn:
+    """One request's answer. Seconds are the client's clock.
+
+    output_ids: end token included. verify_passes, histogram: None and [] without speculation; `histogram[j]`
+    counts the verify passes with exactly j accepted drafts. first_tokens: tokens that came with the first
+    chunk, first_s: when it came; so (tokens - first_tokens) / (latency_s - first_s) is decoding alone.
+    """
+
+    output_ids: list[int]
+    text: str
+    prompt_tokens: int
+    verify_passes: int | None
+    histogram: list[int]
+    first_tokens: int
+    first_s: float
+    latency_s: float
+    started: float
+    finish: str
+
+
+NEVER = 1 << 20  # tokens between two streamed chunks
+KEPT = (
+    "dtype",
+    "attention_backend",
+    "sampling_backend",
+    "tp_size",
+    "max_running_requests",
+    "mem_fraction_static",
+    "cuda_graph_max_bs_decode",
+    "disable_overlap_schedule",
+    "enable_deterministic_inference",
+    "speculative_algorithm",
+    "speculative_num_steps",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+    "speculative_token_map",
+    "speculative_draft_attention_backend",
+)
+
+
+class Server:
+    """`async with Server("http://127.0.0.1:30000") as server:`; every failure is one BackendError."""
+
+    def __init__(self, url: str, timeout: float = 600.0):
+        self.url = url.rstrip("/")
+        self.timeout = aiohttp.ClientTimeout(total=timeout)
+
+    async def __aenter__(self) -> Server:
+        # One line of a stream holds a whole answer, so the line buffer must be larger than aiohttp's 64 kB.
+        self.session = aiohttp.ClientSession(
+            timeout=self.timeout, read_bufsize=1 << 24, connector=aiohttp.TCPConnector(limit=0)
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.session.close()
+
+    async def info(self) -> dict:
+        """`{"model", "tokenizer", "version", "settings": {...}}` as the server says them."""
+        model = await self._json("/model_info")
+        server = await self._json("/server_info")
+        return {
+            "model": model.get("model_path"),
+            "tokenizer": model.get("tokenizer_path") or model.get("model_path"),
+            "version": server.get("version"),
+            "settings": {name: server[name] for name in KEPT if name in server},
+        }
+
+    async def flush(self) -> None:
+        """Empty the prefix cache, so that no arm profits from another's prompts."""
+        async with self._asking("/flush_cache"):
+            async with self.session.post(self.url + "/flush_cache", params={"timeout": "30"}) as reply:
+                if reply.status != 200:
+                    raise BackendError(f"{self.url}/flush_cache: HTTP {reply.status}: {await _start(reply)}")
+
+    async def ask(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+        custom_params: dict | None = None,
+    ) -> Turn:
+        """One request; the engine gets `custom_params` as they are.
+
+        Raises BackendError when the server fails, hangs past the time limit or answers nonsense.
+        """
+        sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "stream_interval": NEVER,
+            "ignore_eos": ignore_eos,
+        }
+        if temperature > 0:
+            sampling["sampling_seed"] = seed
+        if custom_params:
+            sampling["custom_params"] = custom_params
+        body = {"input_ids": prompt_ids, "sampling_params": sampling, "stream": True}
+        started, clock = time.time(), time.perf_counter()
+        first_s, first_tokens, last = None, 0, None
+        async with self._asking("/generate"):
+            async with self.session.post(self.url + "/generate", json=body) as reply:
+                if reply.status != 200:
+                    raise BackendError(f"{self.url}/generate: HTTP {reply.status}: {await _start(reply)}")
+                async for line in reply.content:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        break
+                    last = _chunk(data, self.url)
+                    if first_s is None:
+                        first_s = time.perf_counter() - clock
+                        first_tokens = last["meta_info"]["completion_tokens"]
+                    latency_s = time.perf_counter() - clock
+        if last is None:
+            raise BackendError(f"{self.url}/generate: the answer had no content; see the server's log")
+        return _turn(last, self.url, first_tokens, first_s, latency_s, started)
+
+    async def post(self, path: str, body: dict) -> None:
+        async with self._asking(path):
+            async with self.session.post(self.url + path, json=body) as reply:
+                if reply.status != 200:
+                    raise BackendError(f"{self.url}{path}: HTTP {reply.status}: {await _start(reply)}")
+
+    async def _json(self, path: str) -> dict:
+        async with self._asking(path):
+            async with self.session.get(self.url + path) as reply:
+                if reply.status != 200:
+                    raise BackendError(f"{self.url}{path}: HTTP {reply.status}: {await _start(reply)}")
+                body = await reply.json(content_type=None)
+        if not isinstance(body, dict):
+            raise BackendError(f"{self.url}{path}: expected a JSON object; is this an SGLang server?")
+        return body
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, path: str):
+        """Turn what aiohttp raises into one line."""
+        try:
+            yield
+        except TimeoutError:
+            limit = self.timeout.total
+            raise BackendError(
+                f"{self.url}{path}: no answer within {limit:g} s; see the server's log"
+            ) from None
+        except json.JSONDecodeError:
+            raise BackendError(f"{self.url}{path}: the body is not JSON; is this an SGLang server?") from None
+        except (aiohttp.ClientError, OSError) as error:
+            text = str(error) or type(error).__name__
+            raise BackendError(f"{self.url}{path}: {text}; the server is gone or was never there") from None
+
+
+async def _start(reply: aiohttp.ClientResponse) -> str:
+    """The beginning of an error's body, on one line."""
+    return " ".join((await reply.text(errors="replace")).split())[:200]
+
+
+def _chunk(data: bytes, url: str) -> dict:
+    """One streamed chunk with the fields we rely on."""
+    try:
+        chunk = json.loads(data)
+    except json.JSONDecodeError:
+        raise BackendError(f"{url}/generate: a streamed line is not JSON: {data[:80]!r}") from None
+    if isinstance(chunk, dict) and "error" in chunk:
+        error = chunk["error"]
+        raise BackendError(
+            f"{url}/generate: {error.get('message', error) if isinstance(error, dict) else error}"
+        )
+    meta = chunk.get("meta_info") if isinstance(chunk, dict) else None
+    if not isinstance(meta, dict) or not isinstance(meta.get("completion_tokens"), int):
+        raise BackendError(
+            f"{url}/generate: no meta_info.completion_tokens in the answer; is this an SGLang server?"
+        )
+    finish = meta.get("finish_reason")
+    if isinstance(finish, dict) and finish.get("type") == "abort":
+        raise BackendError(f"{url}/generate: aborted: {finish.get('message', 'no reason given')}")
+    return chunk
+
+
+def _turn(last: dict, url: str, first_tokens: int, first_s: float, latency_s: float, started: float) -> Turn:
+    meta, ids = last["meta_info"], last.get("output_ids")
+    finish = meta.get("finish_reason")
+    if not isinstance(finish, dict):
+        raise BackendError(f"{url}/generate: the stream ended before the answer did; see the server's log")
+    if not isinstance(ids, list) or len(ids) != meta["completion_tokens"]:
+        found = len(ids) if isinstance(ids, list) else "no"
+        raise BackendError(
+            f"{url}/generate: {found} output_ids for {meta['completion_tokens']} tokens; "
+            "start the server without --incremental-streaming-output"
+        )
+    return Turn(
+        output_ids=ids,
+        text=last.get("text") or "",
+        prompt_tokens=meta.get("prompt_tokens", 0),
+        verify_passes=meta.get("spec_verify_ct"),
+        histogram=list(meta.get("spec_correct_drafts_histogram") or []),
+        first_tokens=first_tokens,
+        first_s=first_s,
+        latency_s=latency_s,
+        started=started,
+        finish=str(finish.get("type")),
+    )
+
+
+class Reference:
+    """Answers like `Server`, one request at a time. `async with Reference(...) as backend:`."""
+
+    def __init__(self, model_folder: str, dtype: str, device: str, num_steps: int, token_map: str | None):
+        self.model_folder, self.dtype, self.device = model_folder, dtype, device
+        self.num_steps, self.token_map = num_steps, token_map
+
+    async def __aenter__(self) -> Reference:
+        self.model = decoding.load(self.model_folder, dtype=self.dtype, device=self.device)
+        self.map = load_token_map(self.token_map, self.model.net.vocab_size) if self.token_map else None
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        del self.model
+
+    async def info(self) -> dict:
+        settings = {"dtype": self.dtype, "device": self.device}
+        return {
+            "model": self.model_folder,
+            "tokenizer": self.model_folder,
+            "version": None,
+            "settings": settings,
+        }
+
+    async def flush(self) -> None:
+        """Nothing is cached between requests."""
+
+    async def ask(
+        self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> Turn:
+        started, clock = time.time(), time.perf_counter()
+        found = decoding.generate(
+            self.model,
+            prompt_ids,
+            max_new_tokens,
+            num_steps=self.num_steps,
+            temperature=temperature,
+            seed=seed,
+            token_map=self.map,
+        )
+        latency_s = time.perf_counter() - clock
+        return Turn(
+            output_ids=list(found.ids),
+            text=self.model.tokenizer.decode(found.ids, skip_special_tokens=True),
+            prompt_tokens=len(prompt_ids),
+            verify_passes=found.verify_passes if self.num_steps else None,
+            histogram=list(found.histogram) if self.num_steps else [],
+            first_tokens=1,
+            first_s=found.prefill_s,
+            latency_s=latency_s,
+            started=started,
+            finish="stop" if found.ids and found.ids[-1] in self.model.eos_ids else "length",
+        )

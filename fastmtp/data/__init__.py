@@ -1,0 +1,1 @@
+"""What becomes training data: prompts, answers, curation."""

@@ -1,0 +1,167 @@
+"""Starts a server as a process group of its own, waits until it answers, and ends all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastmtp.cli import InputError
+
+HOST = "127.0.0.1"
+LOG_LINES = 25
+
+
+class ServerError(Exception):
+    """The server died or did not come up; the message ends with its last log lines."""
+
+
+class Server:
+    """`with Server(command, port) as server:`: a running server; its whole process group ends with the block.
+
+    Raises ServerError when it dies or does not answer within `wait` seconds. `log` keeps its output.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        port: int,
+        log: Path,
+        wait: float = 900.0,
+        env: dict[str, str] | None = None,
+        stop_patience: float = 15.0,
+    ):
+        self.argv, self.port, self.log, self.wait = argv, port, Path(log), wait
+        self.stop_patience = stop_patience
+        self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        self.process: subprocess.Popen | None = None
+        self.url = f"http://{HOST}:{port}"
+
+    def __enter__(self) -> Server:
+        try:
+            self.start()
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start and do not wait. Raises InputError where the port is taken."""
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, self.port)) == 0:
+                raise InputError(
+                    f"port {self.port} is taken; stop what listens there or choose another --port"
+                )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # A command that is asked to end unwinds as if by Ctrl-C, and so ends its servers.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with open(self.log, "wb") as out:
+            # A session of its own: Ctrl-C reaches us alone, and we end all of the server's processes in
+            # order.
+            self.process = subprocess.Popen(
+                self.argv, stdout=out, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers. Raises ServerError when it dies or does not answer within `wait`
+        seconds.
+        """
+        started = time.monotonic()
+        while True:
+            if self.process.poll() is not None:
+                raise ServerError(f"the server ended with exit code {self.process.returncode}{self.tail()}")
+            if answers(self.url + "/health"):
+                return
+            if time.monotonic() - started > self.wait:
+                raise ServerError(f"the server does not answer after {self.wait:g} s{self.tail()}")
+            time.sleep(0.5)
+
+    def tail(self) -> str:
+        """The last log lines, to end an error message with."""
+        with open(self.log, "rb") as stream:
+            stream.seek(max(0, os.path.getsize(self.log) - 20_000))
+            lines = stream.read().decode("utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        return f"; the end of {self.log}:\n" + "\n".join(f"  | {line}" for line in lines)
+
+    def stop(self) -> None:
+        """End the whole group, politely and then not: a worker left over would hold the GPU's memory."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            self.send(sign)
+            if self.process is None or self._group_ends():
+                return
+
+    def send(self, sign: int) -> None:
+        """A signal to all of the server's processes that are still there."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sign)
+
+    def _group_ends(self) -> bool:
+        """Whether every process of the group is gone within `stop_patience` seconds."""
+        end = time.monotonic() + self.stop_patience
+        while time.monotonic() < end:
+            self.process.poll()  # reaps the leader, which would else count as a member
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+@contextlib.contextmanager
+def together(servers: list[Server]) -> Iterator[list[ServerError | None]]:
+    """All servers started at once; what became of each: None (it answers) or its error. All end with the
+    block.
+
+    Loading and compiling take minutes and run side by side; measuring must not, so ask one server after the
+    other.
+    """
+    try:
+        for server in servers:
+            server.start()
+        yield [_outcome(server) for server in servers]
+    finally:
+        for server in servers:  # all at once: each takes seconds to end
+            server.send(signal.SIGTERM)
+        for server in servers:
+            server.stop()
+
+
+def _outcome(server: Server) -> ServerError | None:
+    try:
+        server.wait_until_ready()
+    except ServerError as error:
+        return error
+    return None
+
+
+def answers(url: str) -> bool:
+    """Whether `url` gives HTTP 200 within five seconds."""
+    try:
+        # No proxy: the server is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=5) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]

@@ -1,0 +1,3 @@
+"""The head: recursion, losses, masks and MiMo's modules. Every file here travels with an exported checkpoint;
+torch and transformers alone.
+"""

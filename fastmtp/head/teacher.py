@@ -1,0 +1,135 @@
+"""The backbone's own next-token distributions as labels, and the loss of a draft distribution against them.
+
+The backbone's state at position j holds its distribution of token j+1 for nothing but a product with lm_head.
+It is kept as the `top_k` likeliest ids, their probabilities, and what is left in one tail bucket; so one pass
+over it serves all K steps, and no [tokens, vocabulary] outlives its chunk. Two divergences of the buckets, p
+the backbone's, q the draft's:
+
+    kl   KL(p || q), which is cross-entropy less p's entropy; with all mass on one id it is plain cross-entropy
+    lk   w * KL + (1 - w) * TV, w = exp(-3 a), a = 1 - TV the acceptance rate of speculative sampling, w without
+         gradient (arXiv 2602.23881): KL while the draft is poor, then what sampling at a temperature really pays
+
+Imports torch alone (and `row_loss`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .row_loss import normalise, scaled_softmax
+
+CHUNK_BYTES = 256 * 2**20
+GPU_CHUNKS = 8  # a GPU's products want some thousand rows
+LK_DECAY = 3.0
+TINY = 1e-30
+TAIL = 1e-6  # 1 minus a sum is no more exact than this, and its inverse scales the gradient of every token in the tail
+
+
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of hidden's rows whose float32 logits stay below CHUNK_BYTES, GPU_CHUNKS times that on a GPU
+    (one row at least).
+    """
+    size = max(1, CHUNK_BYTES * (GPU_CHUNKS if hidden.is_cuda else 1) // (4 * weight.shape[0]))
+    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+
+
+@torch.no_grad()
+def greedy(hidden: Tensor, weight: Tensor) -> Tensor:
+    """argmax of hidden @ weight.T, [N] int64. hidden: [N, H]; weight: [V, H]."""
+    ids = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    for part in chunks(hidden, weight):
+        ids[part] = F.linear(hidden[part].to(weight.dtype), weight).argmax(-1)
+    return ids
+
+
+@torch.no_grad()
+def likeliest(hidden: Tensor, weight: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The `top_k` likeliest ids of each row and their probabilities at `temperature`: [N, k] int64, [N, k]
+    float32.
+
+    hidden: [N, H] backbone states after the final norm; weight: [V, H]; k = min(top_k, V).
+    """
+    k = min(top_k, weight.shape[0])
+    ids = torch.empty(hidden.shape[0], k, dtype=torch.int64, device=hidden.device)
+    probs = torch.empty(hidden.shape[0], k, dtype=torch.float32, device=hidden.device)
+    for part in chunks(hidden, weight):
+        logits = F.linear(hidden[part].to(weight.dtype), weight)
+        values, ids[part] = logits.topk(k)
+        normaliser = (logits.float() / temperature).logsumexp(-1, keepdim=True)
+        probs[part] = (values.float() / temperature - normaliser).exp()
+    return ids, probs
+
+
+def divergence(p: Tensor, q: Tensor, lk: bool) -> tuple[Tensor, Tensor]:
+    """Loss of each row and its slopes: losses [N], slopes [N, b], so that dL/dz_v = q_v * slope of v's
+    bucket.
+
+    p, q: [N, b] float32, bucket probabilities of the backbone and the draft; z: the draft's logits.
+    """
+    losses = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
+    slopes = 1 - p / q
+    if not lk:
+        return losses, slopes
+    distance = 0.5 * (p - q).abs().sum(-1)
+    sign = 0.5 * (q - p).sign()
+    share = torch.exp(-LK_DECAY * (1 - distance))
+    losses = share * losses + (1 - share) * distance
+    slopes = share[:, None] * slopes + (1 - share)[:, None] * (sign - (q * sign).sum(-1, keepdim=True))
+    return losses, slopes
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """As losses._ChunkedCrossEntropy: the gradient of a row is ready when its logits are, so it is kept in
+    their stead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor, lk: bool
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        drafts = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        grad = torch.empty_like(hidden) if hidden.requires_grad else None
+        for part in chunks(hidden, weight):
+            logits = F.linear(hidden[part].to(weight.dtype), weight)
+            normaliser, drafts[part] = normalise(logits)
+            wanted = ids[part]
+            shares = (logits.gather(1, wanted).float() - normaliser[:, None]).exp()
+            p, q = with_tail(probs[part], 0.0), with_tail(shares.clamp(min=TINY), TAIL)
+            losses[part], slopes = divergence(p, q, lk)
+            if grad is not None:
+                pulls = (q * slopes).to(weight.dtype)
+                # the tail's slope for all, then the top k's own
+                residual = scaled_softmax(logits, normaliser, slopes[:, -1].contiguous())
+                residual.scatter_(1, wanted, pulls[:, : wanted.shape[1]])
+                grad[part] = (residual @ weight).to(grad.dtype)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(drafts)
+        return losses, drafts
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _):
+        (grad,) = ctx.saved_tensors
+        return grad * upstream[:, None].to(grad.dtype), None, None, None, None
+
+
+def with_tail(x: Tensor, least: float) -> Tensor:
+    """[N, k] -> [N, k + 1]: the mass outside, at least `least`, as a last bucket."""
+    return torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp(min=least)], dim=-1)
+
+
+def soft_cross_entropy(
+    hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor, lk: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Loss of each row against a distribution (see the module), and the draft's argmax: [N] float32, [N]
+    int64.
+
+    hidden: [N, H]; weight: [V, H], frozen (ValueError otherwise); ids, probs: [N, k], distinct ids and their
+    probabilities, the rest is the tail.
+    """
+    if weight.requires_grad:
+        raise ValueError("the output matrix must be frozen: FastMTP trains the MTP layer alone")
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _SoftCrossEntropy.apply(hidden, weight, ids, probs, lk)

@@ -1,0 +1,107 @@
+"""Accept length (tau): counts of verify passes, rates by draft position, intervals, and the walk over an
+answer.
+
+tau is the number of output tokens per verify pass. A pass keeps its accepted drafts and one token of the
+backbone's own, so histogram[j], the number of passes with exactly j accepted drafts, says everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+
+
+def position_rates(histogram: Sequence[int]) -> list[float]:
+    """rates[i] = share of verify passes whose draft i+1 was accepted, from counts of accepted drafts per
+    pass.
+    """
+    passes = sum(histogram)
+    return [sum(histogram[i + 1 :]) / passes if passes else 0.0 for i in range(len(histogram) - 1)]
+
+
+@dataclass
+class Acceptance:
+    """Pooled counts. histogram[j]: verify passes with exactly j accepted drafts; samples: (output tokens,
+    verify passes) of each answer, in the order of the data.
+    """
+
+    output_tokens: int = 0
+    histogram: list[int] = field(default_factory=list)
+    samples: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, output_tokens: int, histogram: list[int]) -> None:
+        self._count(output_tokens, histogram)
+        self.samples.append((output_tokens, sum(histogram)))
+
+    def merge(self, other: Acceptance) -> None:
+        self._count(other.output_tokens, other.histogram)
+        self.samples += other.samples
+
+    def _count(self, output_tokens: int, histogram: list[int]) -> None:
+        self.output_tokens += output_tokens
+        self.histogram = [
+            a + b for a, b in zip(self.histogram or [0] * len(histogram), histogram, strict=True)
+        ]
+
+    @property
+    def verify_passes(self) -> int:
+        return sum(self.histogram)
+
+    @property
+    def accept_length(self) -> float:
+        """tau: output tokens per verify pass."""
+        return self.output_tokens / self.verify_passes if self.verify_passes else 1.0
+
+    @property
+    def position_rates(self) -> list[float]:
+        return position_rates(self.histogram)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% bootstrap interval of tau over answers."""
+        return bounds(bootstrap(self.samples))
+
+
+def bootstrap(samples: Sequence[tuple[int, int]]) -> Tensor:
+    """tau of RESAMPLES draws of len(samples) answers with replacement, float64 [RESAMPLES].
+
+    The draws depend on the number of answers alone, so those of two heads on the same answers are paired: the
+    interval of their ratio is that of the gain.
+    """
+    counts = torch.tensor(samples, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    taus = torch.empty(RESAMPLES, dtype=torch.float64)
+    for i in range(RESAMPLES):
+        tokens, passes = counts[torch.randint(len(counts), (len(counts),), generator=generator)].sum(0)
+        taus[i] = tokens / passes if passes else 1.0
+    return taus
+
+
+def bounds(draws: Tensor) -> tuple[float, float]:
+    """The middle 95% of the draws."""
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return low, high
+
+
+def walk(hits: Tensor) -> list[int]:
+    """Histogram of accepted drafts of one answer. hits: [n-1, K] bool, row i: the anchor whose next token is
+    answer token i; hits[i, k] says that draft k+1 equals answer token i+k+1 (False past the end). n: answer
+    tokens.
+
+    The first answer token comes from the prefill; each pass then keeps its accepted drafts and one more
+    token.
+    """
+    prefixes = hits.long().cumprod(1).sum(1).tolist()
+    histogram = [0] * (hits.shape[1] + 1)
+    at, remaining = 0, hits.shape[0]
+    while remaining > 0:
+        accepted = min(prefixes[at], remaining)
+        histogram[accepted] += 1
+        at += accepted + 1
+        remaining -= accepted + 1
+    return histogram

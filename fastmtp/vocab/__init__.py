@@ -1,0 +1,1 @@
+"""Draft vocabularies: token maps, what they are counted from, and which one is active."""

@@ -1,0 +1,239 @@
+"""Which token map a request drafts with: the policy behind `--token-maps`, one for server, decoder and
+acceptance.
+
+`auto` follows the language: what the request asks for (`draft_lang`), else what its prompt is written in,
+looked at again every 16 tokens of the answer. Requests of several languages in one batch share `mixed`, a map
+of the same size made from all of them. `fixed:NAME` never switches; `union` drafts from all maps together,
+and pays for their size.
+
+    python -m fastmtp.serve --model M --token-maps en=vocab/qwen2/en_32k.pt,zh=vocab/qwen2/zh_32k.pt
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmtp import files
+from fastmtp.cli import InputError
+from fastmtp.tokenizer import fingerprint
+from fastmtp.vocab.script_table import WINDOW, ScriptTable, build
+from fastmtp.vocab.token_map import load_token_map
+
+LOOK_EVERY = 16  # answer tokens between two looks: a changed language costs at most so many poor drafts
+AUTO, FIXED, UNION, MIXED = "auto", "fixed:", "union", "mixed"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DraftVocab:
+    """maps: {name: [K] int64, sorted}, all of one size; `mixed` is among them. policy: auto, fixed:NAME or
+    union.
+
+    context_rows: ids of the requests' prompts that may join the active map.
+    """
+
+    maps: dict[str, Tensor]
+    policy: str
+    scripts: ScriptTable
+    context_rows: int = 0
+    warned: set = field(default_factory=set)
+
+    def first(self) -> str:
+        """The map before any request; with fixed:NAME and union the only one."""
+        return MIXED if self.policy == AUTO else self.policy.removeprefix(FIXED)
+
+    def follow(self, prompt_ids: Sequence[int], asked: object = None) -> Follower:
+        """The map of one request as it grows. `asked`: a map's name, what the request's `draft_lang` says."""
+        return Follower(self, prompt_ids, asked)
+
+    def named(self, lang: object) -> str:
+        """The map of a language; `mixed` for one that has none, with a warning the first time."""
+        if isinstance(lang, str) and lang in self.maps:
+            return lang
+        if str(lang) not in self.warned and len(self.warned) < 100:
+            self.warned.add(str(lang))
+            logger.warning("draft vocabulary: no token map for %r; the map '%s' is used", lang, MIXED)
+        return MIXED
+
+    def together(self, names: Iterable[str]) -> str:
+        """The map of a batch whose requests want `names`."""
+        wanted = set(names)
+        return wanted.pop() if len(wanted) == 1 else MIXED
+
+    def save(self, path: Path) -> None:
+        """One file with all that the server needs; `load` reads it."""
+        scripts = {
+            "kind": torch.from_numpy(self.scripts.kind),
+            "weight": torch.from_numpy(self.scripts.weight),
+        }
+        with files.atomic(path) as temporary:
+            torch.save(
+                {
+                    "maps": self.maps,
+                    "policy": self.policy,
+                    "scripts": scripts,
+                    "context_rows": self.context_rows,
+                },
+                temporary,
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> DraftVocab:
+        """What `save` wrote."""
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        scripts = ScriptTable(found["scripts"]["kind"].numpy(), found["scripts"]["weight"].numpy())
+        return cls(found["maps"], found["policy"], scripts, found["context_rows"])
+
+
+class Follower:
+    """One request's map: `name` now, `look(output_ids)` as the answer grows."""
+
+    def __init__(self, vocab: DraftVocab, prompt_ids: Sequence[int], asked: object):
+        self.vocab, self.looked, self.prompt_ids = vocab, 0, prompt_ids
+        self.contexts: dict[str, Tensor] = {}
+        self.whole: dict[str, Tensor] = {}
+        self.fixed = vocab.policy != AUTO or asked is not None
+        if vocab.policy != AUTO:
+            self.name = vocab.first()
+        elif asked is not None:
+            self.name = vocab.named(asked)
+        else:
+            lang = vocab.scripts.prompt_language(prompt_ids)
+            self.name = MIXED if lang is None else vocab.named(lang)
+
+    def look(self, output_ids: Sequence[int]) -> str:
+        """The map to draft with after `output_ids`, which only grow. Looks after every 16th token, at the 64
+        before it: so however many tokens come at once, the choice is the same.
+        """
+        seen = len(output_ids) // LOOK_EVERY
+        if seen > self.looked and not self.fixed:
+            self.looked = seen
+            lang = self.vocab.scripts.language(
+                output_ids[max(0, seen * LOOK_EVERY - WINDOW) : seen * LOOK_EVERY]
+            )
+            if lang is not None:
+                self.name = self.vocab.named(lang)
+        return self.name
+
+    def context(self, name: str) -> Tensor:
+        """The prompt's ids that map `name` lacks (`context_ids`); kept, as a request is asked for them at
+        every cycle.
+        """
+        if name not in self.contexts:
+            self.contexts[name] = context_ids(self.prompt_ids, self.vocab.maps[name], self.vocab.context_rows)
+        return self.contexts[name]
+
+    def ids(self, name: str) -> Tensor:
+        """Map `name` with the prompt's ids behind it: [K] to [K + context_rows]; always the same tensor."""
+        if name not in self.whole:
+            self.whole[name] = torch.cat([self.vocab.maps[name], self.context(name)])
+        return self.whole[name]
+
+
+def names_by_anchor(vocab: DraftVocab, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> list[str]:
+    """For answer tokens 0..n-2: the map that drafts what follows each, as a server with one stream would
+    choose.
+    """
+    follower = vocab.follow(prompt_ids)
+    return [follower.look(output_ids[: i + 1]) for i in range(len(output_ids) - 1)]
+
+
+def context_ids(prompt_ids: Sequence[int], token_map: Tensor, most: int) -> Tensor:
+    """The prompt's ids that the sorted `token_map` lacks, from its end on, each once, at most `most`: [<=
+    most] int64.
+
+    Names and identifiers of a prompt recur in its answer, however rare they are elsewhere.
+    """
+    ids = torch.tensor(list(dict.fromkeys(reversed(prompt_ids))), dtype=torch.int64)
+    place = torch.searchsorted(token_map, ids).clamp(max=len(token_map) - 1)
+    return ids[token_map[place] != ids][:most]
+
+
+def mix(maps: Sequence[Tensor], size: int) -> Tensor:
+    """A map of `size` ids out of several: what all share first, then each one's lowest ids in turn.
+
+    Maps keep no ranks; ids of byte-pair tokenizers are ranks, of the text that the tokenizer was trained on.
+    """
+    found, counts = torch.cat(list(maps)).unique(return_counts=True)
+    shared = found[counts == len(maps)].tolist()
+    own = [m[~torch.isin(m, found[counts == len(maps)])].tolist() for m in maps]
+    turns = [i for turn in zip_longest(*own) for i in turn if i is not None]
+    return torch.tensor(list(dict.fromkeys(shared + turns))[:size], dtype=torch.int64).sort().values
+
+
+def union(maps: dict[str, Tensor]) -> Tensor:
+    """All languages' maps together, sorted int64; `mixed` is no language."""
+    return torch.cat([ids for name, ids in maps.items() if name != MIXED]).unique()
+
+
+def parse_maps(text: str) -> dict[str, str]:
+    """'en=a.pt,zh=b.pt' -> {'en': 'a.pt', 'zh': 'b.pt'}. Raises InputError."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, path = part.partition("=")
+        if not (equals and path and name.isidentifier()) or name in found or name == UNION:
+            raise InputError(
+                f"--token-maps {part}: expected NAME=PATH pairs with a comma between, each name once"
+            )
+        found[name] = path
+    if not found.keys() - {MIXED}:
+        raise InputError("--token-maps: give at least one language's map, such as en=vocab/qwen2/en_32k.pt")
+    return found
+
+
+def read(text: str, policy: str, tokenizer, vocab_size: int, context_rows: int = 0) -> DraftVocab:
+    """The policy of `--token-maps` and `--vocab-policy` for a model's tokenizer and output rows.
+
+    Raises InputError for a missing file, a map of another tokenizer, maps of unequal size, an unknown policy.
+    """
+    paths = parse_maps(text)
+    maps = {}
+    for name, path in paths.items():
+        maps[name] = load_map(path, tokenizer, vocab_size)
+    langs = {name: ids for name, ids in maps.items() if name != MIXED}
+    if policy == UNION:
+        maps = {UNION: union(maps)}
+        maps[MIXED] = maps[UNION]
+    else:
+        sizes = {name: len(ids) for name, ids in maps.items()}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise InputError(
+                f"--token-maps: maps of one size are needed, these have {listed}; build them with one --sizes"
+            )
+        maps.setdefault(MIXED, mix(list(langs.values()), len(next(iter(langs.values())))))
+        if policy != AUTO and not (policy.startswith(FIXED) and policy.removeprefix(FIXED) in maps):
+            raise InputError(
+                f"--vocab-policy {policy}: expected auto, union or fixed:NAME with NAME one of {', '.join(maps)}"
+            )
+    if context_rows < 0:
+        raise InputError(f"--context-rows {context_rows}: must be 0 (none) or more")
+    return DraftVocab(maps, policy, build(tokenizer), context_rows)
+
+
+def load_map(path: str | Path, tokenizer, vocab_size: int) -> Tensor:
+    """One map for a model's tokenizer and output rows: [K] int64. Raises InputError for any other file."""
+    ids = load_token_map(path, vocab_size)
+    check_tokenizer(path, tokenizer)
+    return ids
+
+
+def check_tokenizer(path: str | Path, tokenizer) -> None:
+    """InputError where the map's JSON names another tokenizer. One that only adds ids behind the map's is the
+    same.
+    """
+    about = Path(path).with_suffix(".json")
+    facts = json.loads(about.read_text(encoding="utf-8")).get("tokenizer") if about.exists() else None
+    if facts and fingerprint(tokenizer, facts.get("ids")) != facts["sha256_of_vocabulary"]:
+        raise InputError(
+            f"{path}: made for another tokenizer ('{facts['name']}') than the model's; build one with fastmtp.build_vocab"
+        )

@@ -1,0 +1,362 @@
+"""The builder against counts made by hand, on a small byte-level BPE tokenizer trained here."""
+
+import json
+from collections import Counter as Tally
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_vocab import CHINESE, ENGLISH, command, leftovers, run, small_tokenizer, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastmtp.build_vocab import coverage, forced_ids, pick, rank, union_rank
+from fastmtp.chat import IGNORE, encode_chat
+from fastmtp.cli import InputError
+from fastmtp.vocab import corpus, token_counts
+from fastmtp.vocab.token_counts import COUNTED, HELD_OUT, Counter, Counts
+from fastmtp.vocab.token_map import load_token_map
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> str:
+    return small_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder):
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def count(
+    tokenizer, paths: list[str], column=None, lang="en", held_out=0.0, seed=0, skip_bad=False
+) -> Counts:
+    counter = Counter(tokenizer, column, lang, held_out, seed, skip_bad)
+    counts = Counts(counter.size)
+    counter.count(corpus.file_chunks(corpus.expand(paths), column), counts)
+    return counts
+
+
+def tally(counts: Counts, lang: str = "en") -> dict[int, int]:
+    table = counts.tables[lang].sum(0)
+    return {int(i): int(table[i]) for i in np.flatnonzero(table)}
+
+
+# Counting
+
+
+def test_exact_counts_of_a_hand_made_corpus(tokenizer, tmp_path):
+    a, b, end = (tokenizer(t)["input_ids"] for t in ("a", "b", "<|im_end|>"))
+    assert len(a) == len(b) == len(end) == 1
+    path = write(tmp_path / "x.jsonl", [{"response": "a"}, {"response": "b"}, {"response": "a"}])
+    assert tally(count(tokenizer, [path], "response")) == {a[0]: 2, b[0]: 1, end[0]: 3}
+    path = write(tmp_path / "y.jsonl", [{"text": "a"}, {"text": "b"}])  # running text: no end token
+    assert tally(count(tokenizer, [path])) == {a[0]: 1, b[0]: 1}
+
+
+def test_chats_count_the_tokens_that_training_learns(tokenizer, tmp_path):
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": ENGLISH[0]},
+        {"role": "assistant", "content": ENGLISH[1]},
+        {"role": "user", "content": CHINESE[0]},
+        {"role": "assistant", "content": {"token_ids": [5, 6, 2]}},
+    ]
+    _, labels = encode_chat(tokenizer, chat)
+    path = write(tmp_path / "x.jsonl", [{"messages": chat}])
+    assert tally(count(tokenizer, [path])) == dict(Tally(i for i in labels if i != IGNORE))
+
+
+def test_distilled_ids_are_used_as_they_are(tokenizer, tmp_path):
+    rows = [
+        {
+            "prompt_ids": [9, 9],
+            "output_ids": [40, 41, 40, 2],
+            "messages": [{"role": "user", "content": "hello"}],
+        }
+    ]
+    assert tally(count(tokenizer, [write(tmp_path / "a.jsonl", rows)])) == {40: 2, 41: 1, 2: 1}
+    # A given answer in the history is not the model's; its own turns carry their ids, the last one's are
+    # output_ids.
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "given"},
+        {"role": "user", "content": "q"},
+    ]
+    last = {"role": "assistant", "content": tokenizer.decode([40, 41, 2], skip_special_tokens=True)}
+    rows = [{"prompt_ids": [9], "output_ids": [40, 41, 2], "messages": [*turns, last]}]
+    assert tally(count(tokenizer, [write(tmp_path / "b.jsonl", rows)])) == {40: 1, 41: 1, 2: 1}
+    both = [turns[0], {"role": "assistant", "content": tokenizer.decode([50]), "token_ids": [50]}, turns[2]]
+    rows = [
+        {
+            "prompt_ids": [9],
+            "output_ids": [40, 41, 2],
+            "messages": [*both, {**last, "token_ids": [40, 41, 2]}],
+        }
+    ]
+    assert tally(count(tokenizer, [write(tmp_path / "c.jsonl", rows)])) == {50: 1, 40: 1, 41: 1, 2: 1}
+
+
+def test_every_kind_of_file_gives_the_same_counts(tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": t} for t in ENGLISH + CHINESE]
+    expected = tally(count(tokenizer, [write(tmp_path / "x.jsonl", rows)]))
+    assert tally(count(tokenizer, [write(tmp_path / "x.jsonl.gz", rows)])) == expected
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert tally(count(tokenizer, [str(tmp_path / "x.parquet")])) == expected
+    assert expected == dict(Tally(i for row in rows for i in tokenizer(row["text"])["input_ids"]))
+
+
+def test_parquet_chats(tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": t}]} for t in ENGLISH
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    path = write(tmp_path / "x.jsonl", rows)
+    assert tally(count(tokenizer, [str(tmp_path / "x.parquet")])) == tally(count(tokenizer, [path]))
+
+
+def test_txt_paragraphs_keep_their_newlines(tokenizer, tmp_path):
+    text = "One line.\nAnd one more.\n\n\nA paragraph.\n\nThe last"
+    (tmp_path / "x.txt").write_text(text)
+    chunk = next(corpus.file_chunks([tmp_path / "x.txt"], None))
+    assert [row.content for row in chunk.rows] == [
+        "One line.\nAnd one more.\n\n\n",
+        "A paragraph.\n\n",
+        "The last",
+    ]
+    assert [row.where.rsplit(":", 1)[1] for row in chunk.rows] == ["1", "5", "7"]
+    assert tally(count(tokenizer, [str(tmp_path / "x.txt")])) == dict(Tally(tokenizer(text)["input_ids"]))
+
+
+def test_a_data_set_is_streamed_from_a_local_folder(tokenizer, tmp_path):
+    rows = [{"instruction": "q", "response": t} for t in ENGLISH]
+    (tmp_path / "set").mkdir()
+    path = write(tmp_path / "set" / "train.jsonl", rows)
+    counter = Counter(tokenizer, "response", "en", 0.0, 0, False)
+    counts = Counts(counter.size)
+    counter.count(corpus.dataset_chunks(str(tmp_path / "set"), "train", "response"), counts)
+    assert counts.rows == 3 and tally(counts) == tally(count(tokenizer, [path], "response"))
+    with pytest.raises(InputError, match="--split"):
+        next(corpus.dataset_chunks(str(tmp_path / "set"), "nosuch", None))
+    with pytest.raises(InputError, match="--dataset"):
+        next(corpus.dataset_chunks(str(tmp_path / "nosuch"), "train", None))
+
+
+def test_languages_have_their_own_tables(tokenizer, tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"text": t} for t in ENGLISH + CHINESE])
+    english = write(tmp_path / "en.jsonl", [{"text": t} for t in ENGLISH])
+    counts = count(tokenizer, [path], lang=None)
+    assert set(counts.tables) == {"en", "zh"}
+    assert tally(counts) == tally(count(tokenizer, [english]))
+    ids = [{"output_ids": tokenizer(CHINESE[0])["input_ids"]}]  # no text beside the ids: they are decoded
+    assert set(count(tokenizer, [write(tmp_path / "ids.jsonl", ids)], lang=None).tables) == {"zh"}
+
+
+def test_held_out_rows_are_counted_apart_and_copies_stay_together(tokenizer, tmp_path):
+    rows = [{"text": f"sentence number {i}"} for i in range(400)]
+    once = count(tokenizer, [write(tmp_path / "x.jsonl", rows)], held_out=0.25).tables["en"]
+    twice = count(tokenizer, [write(tmp_path / "y.jsonl", rows + rows[::-1])], held_out=0.25).tables["en"]
+    whole = count(tokenizer, [str(tmp_path / "x.jsonl")]).tables["en"]
+    assert (2 * once == twice).all() and (once.sum(0) == whole[COUNTED]).all() and not whole[HELD_OUT].any()
+    assert 0.15 < once[HELD_OUT].sum() / once.sum() < 0.35
+    other = count(tokenizer, [str(tmp_path / "x.jsonl")], held_out=0.25, seed=1).tables["en"]
+    assert (other != once).any()
+
+
+# Maps
+
+
+def test_rank_breaks_ties_by_id():
+    assert rank(np.array([0, 3, 5, 3, 0, 9])).tolist() == [5, 2, 1, 3]
+
+
+def test_union_takes_each_id_at_its_best_rank():
+    assert union_rank([np.array([4, 1, 2]), np.array([5, 2, 6])], 8).tolist() == [4, 5, 1, 2, 6]
+
+
+def test_pick_forced_first_then_rank_then_low_ids():
+    vocab = np.array([0, 1, 2, 3, 4, 5, 7, 8])
+    ids, filled = pick(np.array([8, 5]), np.array([3]), vocab, 2)
+    assert ids.tolist() == [3, 8] and filled == 0
+    ids, filled = pick(np.array([8, 5]), np.array([3]), vocab, 5)
+    assert ids.tolist() == [0, 1, 3, 5, 8] and filled == 2
+    assert pick(np.array([8, 5]), np.array([3]), vocab, 8)[0].tolist() == vocab.tolist()
+
+
+def test_coverage():
+    assert coverage(np.array([0, 2]), np.array([1, 2, 3])) == pytest.approx(4 / 6)
+    assert coverage(np.array([0]), np.zeros(3)) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 99), max_size=60), min_size=1, max_size=3),
+    st.integers(10, 100),
+    st.data(),
+)
+def test_any_corpus_gives_exact_sizes_no_duplicates_and_the_best_counted_coverage(texts, size, data):
+    forced = np.array(sorted(data.draw(st.sets(st.integers(0, 99), max_size=10))), dtype=np.int64)
+    tables = [np.bincount(np.array(text, dtype=np.int64), minlength=100) for text in texts]
+    for table in tables:
+        ids, filled = pick(rank(table), forced, np.arange(100), size)
+        assert len(ids) == size and (np.diff(ids) > 0).all() and np.isin(forced, ids).all()
+        assert filled == size - len(forced) - np.isin(np.setdiff1d(np.flatnonzero(table), forced), ids).sum()
+        free = sorted(np.delete(table, forced), reverse=True)[: size - len(forced)]
+        assert table[ids].sum() == table[forced].sum() + sum(free)  # nothing of that size covers more
+    ranking = union_rank([rank(table) for table in tables], 100)
+    assert sorted(ranking) == np.flatnonzero(sum(tables)).tolist()
+    ids, _ = pick(ranking, forced, np.arange(100), size)
+    assert len(ids) == size and np.isin(forced, ids).all()
+
+
+def test_forced_ids(tokenizer, folder):
+    forced = forced_ids(tokenizer, folder).tolist()
+    vocab = tokenizer.get_vocab()
+    special = {vocab[t] for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")}
+    assert special | {300} | {vocab[c] for c in pre_tokenizers.ByteLevel.alphabet()} == set(forced)
+
+
+# The command
+
+
+@pytest.fixture
+def mixed(tmp_path) -> str:
+    rows = [{"response": f"{t} {i}"} for i in range(30) for t in ENGLISH + CHINESE]
+    return write(tmp_path / "pairs.jsonl.gz", rows)
+
+
+def test_command_end_to_end(folder, tokenizer, mixed, tmp_path, capsys):
+    torch.save([3, 2, 2, 300], tmp_path / "theirs.pt")
+    options = (
+        "--column",
+        "response",
+        "--lang",
+        "en,zh",
+        "--held-out",
+        "0.2",
+        "--compare",
+        tmp_path / "theirs.pt",
+    )
+    run(folder, "--input", mixed, *options, out=tmp_path / "o")
+    printed = capsys.readouterr().out
+    forced = set(forced_ids(tokenizer, folder).tolist())
+    for lang in ("en", "zh", "union"):
+        for size in (300, 350):
+            # As SGLang reads it.
+            ids = torch.tensor(
+                torch.load(tmp_path / "o" / f"{lang}_{size}.pt", weights_only=True).tolist()
+            ).tolist()
+            assert len(ids) == len(set(ids)) == size and ids == sorted(ids) and forced <= set(ids)
+            info = json.loads((tmp_path / "o" / f"{lang}_{size}.json").read_text())
+            assert info["size"] == size and info["lang"] == lang and info["corpus"] == "pairs.jsonl.gz"
+            shares = info["coverage_of_held_out"]
+            assert f"{100 * shares['en']:.2f}%" in printed and f"{100 * shares['zh']:.2f}%" in printed
+    english, chinese = (json.loads((tmp_path / "o" / f"{n}_300.json").read_text()) for n in ("en", "zh"))
+    assert english["coverage_of_held_out"]["en"] > chinese["coverage_of_held_out"]["en"]
+    assert chinese["coverage_of_held_out"]["zh"] > english["coverage_of_held_out"]["zh"]
+    assert "theirs.pt" in printed and "share" in printed
+    assert (tmp_path / "o" / "coverage.png").read_bytes()[:4] == b"\x89PNG" and (
+        tmp_path / "o" / "run.json"
+    ).exists()
+    assert not [name for name in leftovers(tmp_path / "o") if name.startswith(".")]
+
+
+def test_coverage_is_measured_on_text_that_was_not_counted(folder, tokenizer, tmp_path):
+    """Every row has a token of its own kind, so counted text would show full coverage, held-out text must
+    not.
+    """
+    rare = [tokenizer.decode([i]) for i in range(300, 380)]
+    path = write(tmp_path / "x.jsonl", [{"text": t} for t in rare])
+    run(folder, "--input", path, "--lang", "en", "--held-out", "0.3", out=tmp_path / "o", sizes="330")
+    counts = count(tokenizer, [path], held_out=0.3)
+    ids = load_token_map(tmp_path / "o" / "en_330.pt", 1000).numpy()
+    share = json.loads((tmp_path / "o" / "en_330.json").read_text())["coverage_of_held_out"]["en"]
+    assert share == pytest.approx(coverage(ids, counts.tables["en"][HELD_OUT])) and share < 1
+
+
+def test_auto_leaves_out_what_is_hardly_there(folder, tmp_path, capsys):
+    rows = [{"text": t} for t in ENGLISH * 60 + CHINESE * 60] + [{"text": "Привет"}]
+    run(folder, "--input", write(tmp_path / "x.jsonl", rows), out=tmp_path / "o", sizes="300")
+    names = {p.stem for p in (tmp_path / "o").glob("*.pt")}
+    assert names == {"en_300", "zh_300", "union_300"} and "ru" in capsys.readouterr().out
+
+
+def test_filled_ids_are_told(folder, tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"text": "a"}])
+    run(folder, "--input", path, "--lang", "en", "--held-out", "0", out=tmp_path / "o", sizes="300")
+    info = json.loads((tmp_path / "o" / "en_300.json").read_text())
+    assert info["ids_not_in_corpus"] == 300 - info["ids_forced"] and info["coverage_of_held_out"] == {
+        "en": None
+    }
+
+
+def test_one_and_two_workers_give_the_same_files(folder, mixed, tmp_path):
+    options = ("--input", mixed, "--column", "response", "--lang", "auto")
+    both = [command(folder, *options, "--workers", n, out=tmp_path / str(n)) for n in (1, 2)]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    names = sorted(p.name for p in (tmp_path / "1").glob("*") if p.suffix in (".pt", ".png"))
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def interrupt(folder: str, monkeypatch, *options, out: Path) -> None:
+    """Run the command, stopped by a keyboard interrupt at its sixth chunk."""
+    monkeypatch.setattr(corpus, "CHUNK", 1000)
+    monkeypatch.setattr(token_counts, "SAVE_EVERY", 0.0)
+    add, calls = Counts.add, []
+
+    def stop_at_sixth(self, *args):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(1)
+        add(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counts, "add", stop_at_sixth)
+        with pytest.raises(SystemExit) as stopped:
+            run(folder, *options, out=out)
+    assert stopped.value.code == 1 and len(leftovers(out)) == 1
+
+
+def test_a_worker_s_complaint_arrives_whole(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK", 100)
+    path = write(tmp_path / "x.jsonl", [{"text": t} for t in ENGLISH * 20] + ["{broken"])
+    with pytest.raises(InputError, match=r"x\.jsonl:61: not JSON .*--on-error skip"):
+        run(folder, "--input", path, "--workers", "2", out=tmp_path / "o")
+    assert not leftovers(tmp_path / "o")
+
+
+def test_resume_gives_what_an_uninterrupted_count_gives(folder, mixed, tmp_path, monkeypatch, capsys):
+    options = ("--input", mixed, "--column", "response", "--lang", "en,zh")
+    run(folder, *options, out=tmp_path / "whole")
+    interrupt(folder, monkeypatch, *options, out=tmp_path / "o")
+    assert "--resume" in capsys.readouterr().err
+    run(folder, *options, "--resume", out=tmp_path / "o")
+    assert "continuing after" in capsys.readouterr().err
+    for path in (tmp_path / "whole").glob("*.pt"):
+        assert path.read_bytes() == (tmp_path / "o" / path.name).read_bytes()
+    assert not [name for name in leftovers(tmp_path / "o") if name.startswith(".")]
+
+
+@pytest.mark.parametrize("change", [("--resume", "--seed", "1"), ()])
+def test_a_count_is_continued_only_when_asked_and_by_the_same_rules(
+    folder, mixed, tmp_path, monkeypatch, capsys, change
+):
+    options = ("--input", mixed, "--column", "response", "--lang", "en")
+    interrupt(folder, monkeypatch, *options, out=tmp_path / "o")
+    run(folder, *options, *change, out=tmp_path / "o")
+    assert "continuing" not in capsys.readouterr().err
+    run(folder, *options, *change, out=tmp_path / "whole")
+    assert (tmp_path / "whole" / "en_300.pt").read_bytes() == (tmp_path / "o" / "en_300.pt").read_bytes()

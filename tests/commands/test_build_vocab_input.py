@@ -1,0 +1,134 @@
+"""The builder on bad input: one line that says what and where, and nothing left behind."""
+
+from pathlib import Path
+
+import pytest
+from helpers.small_vocab import ENGLISH, command, leftovers, run, small_tokenizer, write
+
+from fastmtp.cli import InputError
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> str:
+    return small_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([], (), "nothing to count"),
+        ([""], (), "nothing to count"),
+        ([{"text": "a"}, "{broken", {"text": "b"}], (), r"x\.jsonl:2: not JSON"),
+        ([{"text": "a"}, "[1]"], (), r"x\.jsonl:2: expected a JSON object"),
+        ([{"text": "a"}, r'{"text": "\ud800"}'], (), r"x\.jsonl:2: text that is not valid"),
+        ([{"text": 5}], (), r"x\.jsonl:1: 'text' is neither"),
+        ([{"a": "b"}], (), r"x\.jsonl:1: no messages, output_ids or text.*--column.*columns: a"),
+        ([{"a": "b"}], ("--column", "c"), r"x\.jsonl:1: no column 'c'.*columns: a"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}]}],
+            (),
+            r"x\.jsonl:1: the chat has no assistant turn",
+        ),
+        (
+            [{"messages": [{"role": "assistant", "content": None}]}],
+            (),
+            r"x\.jsonl:1: an assistant turn has neither",
+        ),
+        ([{"messages": [{"content": "a"}]}], (), r"x\.jsonl:1: a message without a role"),
+        ([{"output_ids": [5, 381]}], (), r"x\.jsonl:1: token id 381 is not the tokenizer's"),
+        ([{"output_ids": [-1]}], ("--on-error", "skip"), r"x\.jsonl:1: token id -1 is not the tokenizer's"),
+        (
+            [{"output_ids": [5], "messages": [{"role": "assistant", "content": "no"}]}],
+            (),
+            "do not spell the text",
+        ),
+        (
+            [{"output_ids": [5], "messages": [{"role": "assistant", "content": "no"}]}],
+            ("--column", "output_ids"),
+            "do not spell the text",
+        ),
+        ([{"text": "a"}], ("--lang", "zh,en"), "no text in 'zh'"),
+        ([{"text": "a"}], ("--lang", "en,fr"), "'fr' cannot be told"),
+        ([{"text": "a"}], ("--lang", "e n"), "lang 'e n'"),
+        ([{"text": "a"}], ("--sizes", "8k"), "8192 is more than the tokenizer's 381 ids"),
+        ([{"text": "a"}], ("--sizes", "100"), "100 is less than the 261 special and byte tokens"),
+        ([{"text": "a"}], ("--sizes", "many"), "size 'many'"),
+        ([{"text": "a"}], ("--held-out", "1"), "--held-out"),
+        ([{"text": "a"}], ("--workers", "0"), "--workers"),
+        ([{"text": "a"}], ("--compare", "nosuch.pt"), "nosuch.pt: no such token map"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, rows, options, message):
+    path = write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(InputError, match=message) as error:
+        run(folder, "--input", path, "--held-out", "0", *options, out=tmp_path / "o")
+    assert "\n" not in str(error.value) and not leftovers(tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    "name, content", [("x.jsonl.gz", b"no gzip"), ("x.parquet", b"no parquet"), ("x.txt.gz", b"no")]
+)
+def test_damaged_files(folder, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        run(folder, "--input", tmp_path / name, out=tmp_path / "o")
+    assert not leftovers(tmp_path / "o")
+
+
+def test_a_cut_gzip_file(folder, tmp_path):
+    whole = Path(
+        write(tmp_path / "x.jsonl.gz", [{"response": f"{t} {i}"} for i in range(30) for t in ENGLISH])
+    ).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cut.jsonl.gz: damaged or cut off"):
+        run(folder, "--input", tmp_path / "cut.jsonl.gz", "--column", "response", out=tmp_path / "o")
+
+
+def test_a_parquet_column_that_does_not_exist(folder, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "b"}]), tmp_path / "x.parquet")
+    for column in (("--column", "c"), ()):
+        with pytest.raises(InputError, match=r"x.parquet: no .*columns: a"):
+            run(folder, "--input", tmp_path / "x.parquet", *column, out=tmp_path / "o")
+
+
+@pytest.mark.parametrize("name", ["nosuch.jsonl", "*.nosuch", "x.csv"])
+def test_missing_and_unknown_files(folder, tmp_path, name):
+    (tmp_path / "x.csv").write_text("a")
+    with pytest.raises(InputError, match="no such file|unknown kind"):
+        run(folder, "--input", tmp_path / name, out=tmp_path / "o")
+
+
+def test_no_tokenizer(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"text": "a"}])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no tokenizer"):
+        run(str(tmp_path / "empty"), "--input", path, out=tmp_path / "o")
+
+
+def test_skipping_broken_rows_counts_and_names_them(folder, tmp_path, capsys):
+    good = [{"text": t} for t in ENGLISH]
+    path = write(tmp_path / "x.jsonl", [good[0], "{broken", good[1], {"other": "x"}, good[2]])
+    skip = ("--on-error", "skip", "--held-out", "0")
+    run(folder, "--input", path, "--lang", "en", *skip, out=tmp_path / "o")
+    printed = capsys.readouterr().out
+    assert "2 broken rows skipped" in printed and "x.jsonl:2" in printed
+    run(folder, "--input", write(tmp_path / "y.jsonl", good), "--lang", "en", *skip, out=tmp_path / "p")
+    assert (tmp_path / "o" / "en_300.pt").read_bytes() == (tmp_path / "p" / "en_300.pt").read_bytes()
+
+
+def test_text_that_is_not_utf8(folder, tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"fine\n\n\xff\xfe\n")
+    with pytest.raises(InputError, match=r"x.txt:3: text that is not valid UTF-8"):
+        run(folder, "--input", tmp_path / "x.txt", out=tmp_path / "o")
+    run(folder, "--input", tmp_path / "x.txt", "--on-error", "skip", "--held-out", "0", out=tmp_path / "o")
+
+
+def test_exit_code_and_one_line_on_stderr(folder, tmp_path):
+    path = write(tmp_path / "x.jsonl", ["{broken"])
+    process = command(folder, "--input", path, out=tmp_path / "o")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "x.jsonl:1: not JSON" in err
+    assert not leftovers(tmp_path / "o")

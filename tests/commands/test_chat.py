@@ -1,0 +1,116 @@
+"""Chats to ids and masks: what the template says, exactly the answers, and never the same tokens twice."""
+
+import pytest
+
+from fastmtp.chat import IGNORE, answer_ids, encode_chat, prompt_ids
+from fastmtp.cli import InputError
+from fastmtp.curate import training_row
+
+SINGLE = [
+    {"role": "user", "content": "what is two plus two?"},
+    {"role": "assistant", "content": "two plus two is four"},
+]
+MULTI = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    *SINGLE,
+    {"role": "user", "content": "and four plus four?"},
+    {"role": "assistant", "content": "four plus four is eight.\nSo it is 8, naïvely: ∑ 你好"},
+]
+
+
+def spans(labels: list[int]) -> list[list[int]]:
+    """The runs of labelled tokens."""
+    runs, open_ = [], False
+    for label in labels:
+        if label == IGNORE:
+            open_ = False
+        elif open_:
+            runs[-1].append(label)
+        else:
+            runs.append([label])
+            open_ = True
+    return runs
+
+
+@pytest.mark.parametrize("messages", [SINGLE, MULTI], ids=["single", "multi"])
+def test_ids_are_the_templates(tokenizer, messages):
+    ids, labels = encode_chat(tokenizer, messages)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert (
+        rendered[-1] == tokenizer("\n")["input_ids"][0]
+    )  # ChatML's line break after the end token is nobody's
+    assert ids == rendered[:-1] and len(labels) == len(ids)
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert [tokenizer.decode(run) for run in spans(labels)] == [answer + "<|im_end|>" for answer in answers]
+    assert all(label in (IGNORE, token) for label, token in zip(labels, ids, strict=True))
+
+
+def test_the_prompt_is_the_beginning_of_the_chat(tokenizer):
+    ids, labels = encode_chat(tokenizer, SINGLE)
+    prompt = prompt_ids(tokenizer, SINGLE[:1])
+    assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == [IGNORE] * len(prompt)
+    assert labels[len(prompt)] != IGNORE
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("form", ["beside", "content"])
+def test_exact_tokens_are_kept_though_the_tokenizer_would_choose_others(tokenizer, form):
+    text = "two plus two is four"
+    letters = [tokenizer.convert_tokens_to_ids("Ġ" if c == " " else c) for c in text]
+    exact = letters + [tokenizer.eos_token_id]
+    assert tokenizer.decode(letters) == text and letters != tokenizer(text)["input_ids"]
+    for turn in (2, 4):
+        messages = [dict(m) for m in MULTI]
+        if form == "beside":
+            messages[turn] |= {"content": text, "token_ids": exact}
+        else:
+            messages[turn]["content"] = {"token_ids": exact}
+        ids, labels = encode_chat(tokenizer, messages)
+        assert spans(labels)[turn // 2 - 1] == exact
+        plain = encode_chat(
+            tokenizer, [m | {"content": text} if i == turn else m for i, m in enumerate(MULTI)]
+        )[0]
+        assert tokenizer.decode(ids) == tokenizer.decode(plain)
+
+
+def test_an_answer_cut_at_the_limit_gets_no_end_token_of_its_own_but_the_template_closes_it(tokenizer):
+    cut = tokenizer("two plus two")["input_ids"]
+    ids, labels = encode_chat(tokenizer, [SINGLE[0], {"role": "assistant", "content": {"token_ids": cut}}])
+    assert spans(labels) == [cut] and ids[-1] == cut[-1]
+    messages = [dict(m) for m in MULTI]
+    messages[2]["content"] = {"token_ids": cut}
+    ids, labels = encode_chat(tokenizer, messages)
+    assert spans(labels)[0] == cut
+    assert tokenizer.decode(ids).count("<|im_end|>") == 5
+
+
+def test_trailing_user_turns_are_left_out(tokenizer):
+    assert encode_chat(tokenizer, [*SINGLE, {"role": "user", "content": "thanks"}]) == encode_chat(
+        tokenizer, SINGLE
+    )
+
+
+def test_no_answer_and_a_template_that_rewrites_are_refused(tokenizer):
+    with pytest.raises(InputError, match="no assistant"):
+        encode_chat(tokenizer, SINGLE[:1])
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ messages | length }}" + template
+        with pytest.raises(InputError, match="rewrites earlier turns"):
+            encode_chat(tokenizer, MULTI)
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_answer_ids_end_with_the_end_token(tokenizer):
+    assert answer_ids(tokenizer, SINGLE[1])[-1] == tokenizer.eos_token_id
+
+
+def test_distilled_samples_reach_training_with_the_same_tokens(tokenizer):
+    """distill's row -> curate's row -> the template's ids."""
+    exact = tokenizer("two")["input_ids"] + [tokenizer.eos_token_id]
+    asked = prompt_ids(tokenizer, SINGLE[:1])
+    answer = {"role": "assistant", "content": "two", "token_ids": exact}
+    sample = {"id": "1", "messages": [SINGLE[0], answer], "prompt_ids": asked, "output_ids": exact}
+    messages, _, _ = training_row(sample, "here:1")
+    assert encode_chat(tokenizer, messages) == (asked + exact, [IGNORE] * len(asked) + exact)

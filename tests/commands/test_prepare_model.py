@@ -1,0 +1,227 @@
+"""Any start -> MiMo layout: the same logits, a whole head, and a refusal for what the layout cannot express."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import chatml_tokenizer, save_folder
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fastmtp.checkpoint import HEAD_TENSORS, read_head
+from fastmtp.cli import InputError
+from fastmtp.decoding import load
+from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.prepare_model import prepare
+
+SHAPE = dict(
+    vocab_size=320,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+    eos_token_id=2,
+)
+IDS = torch.arange(7, 90)[None]
+
+
+def save_source(folder: Path, model, dtype=torch.float32) -> Path:
+    """A checkpoint as others publish it, biases and norms made random."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.to(dtype).save_pretrained(folder)
+    chatml_tokenizer().save_pretrained(folder)
+    return folder
+
+
+SOURCES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_theta=5e5, tie_word_embeddings=False)),
+    "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "llama head_dim": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=16)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)),
+    "qwen2 tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_logits_are_the_sources(name, tmp_path):
+    torch.manual_seed(0)
+    source = save_source(tmp_path / "source", SOURCES[name]())
+    prepare(str(source), tmp_path / "out")
+    model = load(tmp_path / "out")
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(source).eval()(input_ids=IDS).logits
+        found = model.net(input_ids=IDS).logits
+        assert torch.equal(found, wanted) and wanted.std() > 0.1
+        _, states, _ = model.net.mtp_states(IDS, num_steps=3)
+    assert all(torch.isfinite(state).all() for state in states)
+    assert model.eos_ids == {2} and model.tokenizer.chat_template
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() >= HEAD_TENSORS and "lm_head.weight" in written
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and config["tie_word_embeddings"] is False
+
+
+def test_the_fresh_head_is_the_last_layer(tmp_path):
+    source = save_source(tmp_path / "source", SOURCES["qwen2"]())
+    prepare(str(source), tmp_path / "out", "bfloat16")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    head, last = "model.mtp_layers.0.", "model.layers.2."
+    for name in ("self_attn.q_proj.bias", "mlp.up_proj.weight", "input_layernorm.weight"):
+        assert torch.equal(tensors[head + name], tensors[last + name])
+    for name in (
+        "self_attn.o_proj.weight",
+        "mlp.down_proj.weight",
+    ):  # the same layer, its part of the sum damped
+        ratio = tensors[head + name].float().norm() / tensors[last + name].float().norm()
+        assert 0 < ratio <= 1 and torch.allclose(
+            tensors[head + name].float(), ratio * tensors[last + name].float(), 0.02
+        )
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=48, n_layer=1, n_head=4)), "gpt2"),
+        (lambda: MistralForCausalLM(MistralConfig(**SHAPE)), "mistral"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)), "output-projection"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, mlp_bias=True)), "mlp_bias"),
+        (
+            lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8)),
+            "use_sliding_window",
+        ),
+    ],
+    ids=["gpt2", "mistral", "output bias", "mlp bias", "sliding window"],
+)
+def test_other_types_are_refused_and_nothing_written(make, match, tmp_path):
+    source = save_source(tmp_path / "source", make())
+    with pytest.raises(InputError, match=match) as error:
+        prepare(str(source), tmp_path / "out")
+    assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_missing_and_empty_sources_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("none", "none.gguf", "empty"):
+        with pytest.raises(InputError, match=name):
+            prepare(str(tmp_path / name), tmp_path / "out")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="bad"):
+        prepare(str(tmp_path / "bad"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_source_is_never_the_output(tmp_path):
+    source = save_source(tmp_path / "source", SOURCES["llama"]())
+    with pytest.raises(InputError, match="new folder"):
+        prepare(str(source), source)
+    assert "config.json" in {p.name for p in source.iterdir()} and not (source / "run.json").exists()
+
+
+RELEASED = [
+    "model.embed_tokens.weight",
+    *(
+        f"model.layers.{n}.{name}"
+        for n in range(2)
+        for name in (
+            "input_layernorm.weight",
+            "self_attn.q_proj.weight",
+            "self_attn.q_proj.bias",
+            "self_attn.k_proj.weight",
+            "self_attn.k_proj.bias",
+            "self_attn.v_proj.weight",
+            "self_attn.v_proj.bias",
+            "self_attn.o_proj.weight",
+            "post_attention_layernorm.weight",
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            "mlp.down_proj.weight",
+        )
+    ),
+    "model.norm.weight",
+    "lm_head.weight",
+    "model.mtp_layers.0.token_layernorm.weight",
+    "model.mtp_layers.0.hidden_layernorm.weight",
+    "model.mtp_layers.0.input_proj.weight",
+    "model.mtp_layers.0.input_layernorm.weight",
+    "model.mtp_layers.0.self_attn.q_proj.weight",
+    "model.mtp_layers.0.self_attn.q_proj.bias",
+    "model.mtp_layers.0.self_attn.k_proj.weight",
+    "model.mtp_layers.0.self_attn.k_proj.bias",
+    "model.mtp_layers.0.self_attn.v_proj.weight",
+    "model.mtp_layers.0.self_attn.v_proj.bias",
+    "model.mtp_layers.0.self_attn.o_proj.weight",
+    "model.mtp_layers.0.post_attention_layernorm.weight",
+    "model.mtp_layers.0.mlp.gate_proj.weight",
+    "model.mtp_layers.0.mlp.up_proj.weight",
+    "model.mtp_layers.0.mlp.down_proj.weight",
+    "model.mtp_layers.0.final_layernorm.weight",
+]
+
+
+def released(folder: Path) -> Path:
+    """A tiny folder as MiMo-7B was released: its key set, model_type mimo, remote code of its own."""
+    save_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "mimo",
+        "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"},
+        "rope_theta": 640000,
+    }
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("modeling_mimo.py", "recursion.py", "losses.py", "teacher.py"):
+        (folder / name).unlink()
+    (folder / "configuration_mimo.py").write_text("raise RuntimeError('remote code was run')\n")
+    return folder
+
+
+def test_the_released_key_set_loads_strictly(tmp_path):
+    source = released(tmp_path / "mimo")
+    assert set(load_file(source / "model.safetensors")) == set(RELEASED) and len(RELEASED) == 43
+    net = MiMoForCausalLM(MiMoConfig.from_pretrained(source))
+    net.load_state_dict(load_file(source / "model.safetensors"), strict=True)
+    assert {name for name, _ in net.named_parameters()} == set(RELEASED)
+
+
+def test_a_released_folder_is_adopted_as_it_is(tmp_path):
+    source = released(tmp_path / "mimo")
+    prepare(str(source), tmp_path / "out")
+    old, new = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and config["num_nextn_predict_layers"] == 1
+    assert not (tmp_path / "out" / "configuration_mimo.py").exists()
+    model = load(tmp_path / "out")
+    assert model.net.config.rope_parameters["rope_theta"] == 640000
+    assert read_head(tmp_path / "out").keys() == HEAD_TENSORS
+
+
+def test_a_released_folder_without_its_head_is_refused(tmp_path):
+    source = released(tmp_path / "mimo")
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if "mtp" not in n}, source / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match="not a checkpoint of an MTP head"):
+        prepare(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,223 @@
+"""Real `swift sft` runs on the quickstart's recipe, a tiny model and a few chats: what a training run must
+keep to.
+
+Each call costs a start of ms-swift (ten seconds or more on two cores), so the module makes five runs in all.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import save_folder
+from safetensors.torch import load_file
+
+from fastmtp.acceptance import measure, pooled, read_samples
+from fastmtp.checkpoint import HEAD_TENSORS, PREFIX, read_head
+from fastmtp.decoding import load
+from fastmtp.export import export
+
+pytest.importorskip("swift")
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS, HALF = 4, 2
+FLOAT32 = {"torch_dtype": "float32", "bf16": "false", "fp16": "false"}
+
+
+def sft(
+    work: Path, name: str, environment: dict[str, str] | None = None, **overrides
+) -> subprocess.CompletedProcess:
+    """`python -m fastmtp.train configs/quickstart.yaml` on the tiny model and data of `work`, into work/name."""
+    settings = {
+        "model": work / "model",
+        "dataset": work / "train.jsonl",
+        "output_dir": work / name,
+        "max_steps": STEPS,
+        "save_steps": HALF,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "mtp_eval_data": work / "heldout.jsonl",
+        # the plain loss, whose steps add up to what the log says
+        "mtp_labels": "data",
+        "mtp_prefix_floor": 1.0,
+        "mtp_beta": 0.6,
+        **overrides,
+    }
+    flags = [part for key, value in settings.items() for part in (f"--{key}", *str(value).split(" "))]
+    return subprocess.run(
+        [sys.executable, "-m", "fastmtp.train", "configs/quickstart.yaml", *flags],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def succeeded(result: subprocess.CompletedProcess) -> None:
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, tokenizer) -> Path:
+    """The model, and 24 chats of one and two turns, answers of different lengths as exact ids."""
+    folder = tmp_path_factory.mktemp("sft")
+    save_folder(folder / "model")
+    rows = []
+    for n in range(24):
+        messages = []
+        for turn in range(1 + n % 2):
+            answer = tokenizer(f"two plus {n} is four " * (1 + n % 4 + turn))["input_ids"] + [
+                tokenizer.eos_token_id
+            ]
+            messages += [
+                {"role": "user", "content": f"what is {n}?"},
+                {"role": "assistant", "content": {"token_ids": answer}},
+            ]
+        rows.append({"messages": messages})
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "heldout.jsonl").write_text("".join(lines[:9]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(work) -> Path:
+    """The uninterrupted run in float32."""
+    succeeded(sft(work, "whole", **FLOAT32))
+    return work / "whole"
+
+
+def test_the_checkpoint_is_the_head_and_every_tensor_of_it_moved(work, whole):
+    head, base = weights(whole / f"checkpoint-{STEPS}"), weights(work / "model")
+    assert head.keys() == HEAD_TENSORS
+    assert all(tensor.dtype == torch.float32 for tensor in head.values())
+    assert [name for name in head if torch.equal(head[name], base[name])] == []
+
+
+def test_the_export_keeps_every_other_tensor(work, whole):
+    export(work / "model", whole / f"checkpoint-{STEPS}", work / "exported")
+    base, head = weights(work / "model"), weights(whole / f"checkpoint-{STEPS}")
+    exported = weights(work / "exported")
+    assert exported.keys() == base.keys()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, head[name] if name.startswith(PREFIX) else base[name]), name
+
+
+def test_the_log_has_the_loss_of_each_step_and_they_make_up_the_loss(whole):
+    rows = [json.loads(line) for line in (whole / "logging.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "mtp_loss_1" in row]
+    assert len(rows) == STEPS
+    for row in rows:
+        steps = [row[f"mtp_loss_{k}"] for k in (1, 2, 3)]
+        alphas = [1 / 1.96, 0.6 / 1.96, 0.36 / 1.96]
+        mean = sum(a * x for a, x in zip(alphas, steps, strict=True))
+        # each step has one target fewer an answer than the one before, so the mean over answer tokens is a
+        # bit lower
+        assert 0.7 * mean < row["loss"] < mean
+    assert json.loads((whole / "run.json").read_text())["config"]["model_kwargs"]["mtp_num_steps"] == 3
+
+
+def logged_taus(folder: Path) -> dict[int, float]:
+    """{step: tau} of a run's log."""
+    rows = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
+    return {
+        int(row["global_step/max_steps"].split("/")[0]): row["eval_tau"] for row in rows if "eval_tau" in row
+    }
+
+
+def test_tau_in_the_log_is_what_acceptance_measures_and_the_best_is_linked(work, whole):
+    logged = logged_taus(whole)
+    assert list(logged) == [HALF, STEPS]
+    model = load(work / "model")
+    samples = read_samples(work / "heldout.jsonl", model.net.vocab_size, tokenizer=model.tokenizer)
+    for step, tau in logged.items():
+        model.net.load_head(read_head(whole / f"checkpoint-{step}"))
+        assert tau == pytest.approx(pooled(measure(model, samples, 3)).accept_length, abs=1e-4)
+    best = max(logged, key=lambda step: (logged[step], -step))
+    assert os.readlink(whole / "best-checkpoint") == f"checkpoint-{best}"
+
+
+def test_resume_is_bit_equal(work, whole):
+    succeeded(sft(work, "resumed", **FLOAT32, resume_from_checkpoint=whole / f"checkpoint-{HALF}"))
+    checkpoint = f"checkpoint-{STEPS}"
+    assert not (work / "resumed" / f"checkpoint-{HALF}").exists(), "the run began at the start"
+    wanted, found = weights(whole / checkpoint), weights(work / "resumed" / checkpoint)
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    half = weights(whole / f"checkpoint-{HALF}")
+    assert not any(torch.equal(half[name], wanted[name]) for name in wanted), "the second half taught nothing"
+    states = [
+        torch.load(folder / checkpoint / "optimizer.pt", weights_only=True)["state"]
+        for folder in (whole, work / "resumed")
+    ]
+    assert states[0].keys() == states[1].keys() and len(states[0]) == len(HEAD_TENSORS)
+    for key, state in states[0].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(states[1][key][n])) for n, v in state.items()
+        )
+
+
+def test_two_processes_are_one(work, whole):
+    """Same batches split over two gloo processes, so other counts of targets on each: same head, up to
+    rounding.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        environment = {"NPROC_PER_NODE": "2", "MASTER_PORT": str(probe.getsockname()[1])}
+    succeeded(sft(work, "two", environment, **FLOAT32, per_device_train_batch_size=2, ddp_backend="gloo"))
+    assert logged_taus(work / "two") == pytest.approx(logged_taus(whole), abs=1e-3)
+    base = weights(work / "model")
+    wanted, found = weights(whole / f"checkpoint-{STEPS}"), weights(work / "two" / f"checkpoint-{STEPS}")
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
+        moved = (wanted[name] - base[name]).norm()
+        assert (found[name] - wanted[name]).norm() < 0.01 * moved, f"{name}: moved elsewhere"
+
+
+def test_packed_is_padded(work):
+    """All chats in one padded batch, or in one packed row whose head is recomputed: same losses, same head,
+    up to rounding.
+    """
+    common = dict(**FLOAT32, max_steps=2, max_length=128)
+    succeeded(sft(work, "padded", **common, per_device_train_batch_size=24))
+    packing = dict(packing="true", packing_length=4096, attn_impl="flash_attn", per_device_train_batch_size=1)
+    succeeded(sft(work, "packed", **common, **packing, gradient_checkpointing="true"))
+    wanted, found = weights(work / "padded" / "checkpoint-2"), weights(work / "packed" / "checkpoint-2")
+    base = weights(work / "model")
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() < 0.01 * (wanted[name] - base[name]).norm(), name
+    logs = [
+        [json.loads(line) for line in (work / n / "logging.jsonl").read_text().splitlines()]
+        for n in ("padded", "packed")
+    ]
+    for name in ("loss", "mtp_loss_1", "mtp_loss_3"):
+        padded, packed = ([row[name] for row in log if name in row] for log in logs)
+        assert len(padded) == 2 and packed == pytest.approx(padded, abs=1e-4)
+
+
+def test_the_recipe_as_it_stands_in_bfloat16(work):
+    """bf16 backbone, float32 head: two steps, all tensors move, also the norms, which bf16 would round away."""
+    succeeded(sft(work, "bf16", max_steps=2, learning_rate="1e-4"))
+    head, base = weights(work / "bf16" / "checkpoint-2"), weights(work / "model")
+    assert head.keys() == HEAD_TENSORS and all(tensor.dtype == torch.float32 for tensor in head.values())
+    assert [name for name in head if torch.equal(head[name], base[name].to(torch.bfloat16).float())] == []
+
+
+def test_a_recipe_that_would_train_something_else_stops_before_the_first_step(work):
+    result = sft(work, "wrong", **FLOAT32, trainable_parameters="model.mtp_layers lm_head")
+    assert result.returncode == 1
+    assert "trainable set must be exactly" in result.stdout + result.stderr and "lm_head" in result.stderr
+    assert not list((work / "wrong").glob("**/checkpoint-*"))
+    log = work / "wrong" / "logging.jsonl"
+    assert not log.exists() or "mtp_loss_1" not in log.read_text()

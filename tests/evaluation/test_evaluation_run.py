@@ -1,0 +1,337 @@
+"""The whole table: arms, servers started and stopped (stand-ins), drift, resume, charts; and without any
+server.
+"""
+
+import importlib.util
+import json
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from helpers.stand_in import free_port
+from helpers.tiny import chatml_tokenizer
+
+from evaluation import charts, run, table
+from evaluation.harness import load_tokenizer
+from evaluation.plan import REPEAT, parse_arms
+from fastmtp.cli import InputError
+from fastmtp.engines import sglang
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder that passes for an exported model: a config and a tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    chatml_tokenizer().save_pretrained(folder)
+    config = {
+        "architectures": ["MiMoForCausalLM"],
+        "num_nextn_predict_layers": 1,
+        "vocab_size": 65,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    for name in ("nq_qa", "nq_rag", "cnn_dm"):
+        rows = [{"turns": [f"what is w{n} {'red ' * len(name)}"]} for n in range(6, 12)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """SGLang's command line replaced by a stand-in's; the list of what was started."""
+    calls = []
+    built = sglang.command
+
+    def stand_in(model, num_steps=3, token_map=None, tp=1, port=30000, flags=(), backend=None):
+        line = built(model, num_steps, token_map, tp, port, flags, backend or "triton")
+        if backend is None:
+            calls.append(line)
+        return [
+            sys.executable,
+            str(HERE / "helpers" / "stand_in.py"),
+            "--port",
+            str(port),
+            "--num-steps",
+            str(num_steps),
+        ]
+
+    monkeypatch.setattr(sglang, "command", stand_in)
+    monkeypatch.setattr(sglang, "sglang_version", lambda: "0.5.17")
+    return calls
+
+
+def arguments(model, questions, out, *more):
+    return [
+        "--model",
+        model,
+        "--question-folder",
+        questions,
+        "--out",
+        str(out),
+        "--max-gen-length",
+        "30",
+        *more,
+    ]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_arms(tmp_path):
+    path = tmp_path / "en_32k.pt"
+    path.write_bytes(b"")
+    arms = parse_arms("vanilla:3,fastmtp:1,fastmtp:3+en32k,baseline", "m", "v", [f"en32k={path}"])
+    assert [(a.name, a.model, a.num_steps, a.token_map) for a in arms] == [
+        ("baseline", "m", 0, None),
+        ("vanilla:3", "v", 3, None),
+        ("fastmtp:1", "m", 1, None),
+        ("fastmtp:3+en32k", "m", 3, str(path)),
+    ]
+    assert arms[3].folder == "fastmtp-3+en32k"
+
+
+@pytest.mark.parametrize(
+    "arms, maps, message",
+    [
+        ("fastmtp", [], "not baseline, vanilla:K or fastmtp:K"),
+        ("fastmtp:0", [], "not baseline"),
+        ("fastmtp:3+en", [], "needs --token-map en=PATH"),
+        ("vanilla:3", [], "needs --vanilla-model"),
+        ("fastmtp:3,fastmtp:3", [], "named twice"),
+        ("", [], "empty"),
+        ("fastmtp:3", ["en"], "expected NAME=PATH"),
+        ("fastmtp:3", ["en=/nowhere.pt"], "no such token map"),
+    ],
+)
+def test_arms_that_cannot_run_say_why(arms, maps, message):
+    with pytest.raises(InputError, match=message):
+        parse_arms(arms, "m", None, maps)
+
+
+def test_the_whole_table_over_servers(model, questions, started, tmp_path, capsys):
+    out, port = tmp_path / "out", str(free_port())
+    more = [
+        "--arms",
+        "baseline,fastmtp:1,fastmtp:3",
+        "--tasks",
+        "nq_qa,nq_rag,cnn_dm",
+        "--port",
+        port,
+        "--repeat-questions",
+        "3",
+    ]
+    run.main(arguments(model, questions, out, *more, "--", "--mem-fraction-static=0.5"))
+    lines = read(out / "results.jsonl")
+    assert [(x["arm"], x["task"]) for x in lines] == [
+        (arm, task)
+        for arm in ("baseline", "fastmtp:1", "fastmtp:3", REPEAT)
+        for task in ("nq_qa", "nq_rag", "cnn_dm")
+    ]
+    by = {(x["arm"], x["task"]): x for x in lines}
+    assert by["baseline", "nq_qa"]["speedup"] == 1.0
+    assert by["fastmtp:3", "nq_qa"]["lossless"]["share"] == 1.0
+    assert by["fastmtp:3", "nq_qa"]["accept_length"] > by["fastmtp:1", "nq_qa"]["accept_length"] > 1
+    assert by[REPEAT, "nq_qa"]["num_questions"] == 3 and by[REPEAT, "nq_qa"]["lossless"]["questions"] == 3
+    assert len(started) == 4
+    spec = started[2]
+    assert (
+        spec[spec.index("--speculative-num-steps") + 1] == "3" and "--speculative-algorithm" not in started[0]
+    )
+    assert "--mem-fraction-static=0.5" in spec and "--mem-fraction-static" not in spec
+    assert spec[spec.index("--dtype") + 1] == "bfloat16"
+    for name in ("table.json", "table.md", "run.json", "radar.png", "steps.png", "acceptance.png"):
+        assert (out / name).stat().st_size > 0
+    assert "| fastmtp:3 |" in capsys.readouterr().out
+    report = json.loads((out / "table.json").read_text())
+    assert set(report["drift"]) == {"nq_qa", "nq_rag", "cnn_dm"}
+    spans = report["cells"]["fastmtp:3"]["nq_qa"]["intervals"]
+    assert spans["accept_length"][0] <= by["fastmtp:3", "nq_qa"]["accept_length"] <= spans["accept_length"][1]
+
+    # The pictures again, from the figures alone.
+    (out / "radar.png").unlink()
+    charts.main([str(out)])
+    assert (out / "radar.png").exists()
+    with pytest.raises(InputError, match="neither table.json nor speed.json"):
+        charts.main([str(tmp_path)])
+
+    # The same command again: no server, the same numbers.
+    run.main(arguments(model, questions, out, *more, "--", "--mem-fraction-static=0.5"))
+    assert len(started) == 4 and read(out / "results.jsonl") == lines
+    # One arm's answers lost: only that arm is asked again.
+    (out / "answers" / "fastmtp-1" / "nq_qa.jsonl").unlink()
+    run.main(arguments(model, questions, out, *more, "--", "--mem-fraction-static=0.5"))
+    assert len(started) == 5 and started[4][started[4].index("--speculative-num-steps") + 1] == "1"
+
+
+def test_servers_at_once_get_ports_and_memory_of_their_own(model, questions, started, tmp_path):
+    more = ["--arms", "baseline,fastmtp:1,fastmtp:2", "--tasks", "nq_qa", "--at-once", "2", "--parallel", "4"]
+    out, port = tmp_path / "out", free_port()
+    run.main(arguments(model, questions, out, *more, "--port", str(port), "--dtype", "float32"))
+    assert [x["arm"] for x in read(out / "results.jsonl")] == ["baseline", "fastmtp:1", "fastmtp:2", REPEAT]
+    assert [line[line.index("--port") + 1] for line in started] == [str(port), str(port + 1)] * 2
+    for line in started:
+        assert line[line.index("--max-total-tokens") + 1] == str(4 * (30 + run.PROMPT_ROOM))
+        assert line.count("--attention-backend") == 1 and "--enable-deterministic-inference" in line
+    with pytest.raises(InputError, match="--at-once must be at least 1, not 0"):
+        run.main(arguments(model, questions, out, *more, "--at-once", "0"))
+
+
+def test_a_server_that_dies_at_start_shows_its_last_lines(model, questions, monkeypatch, tmp_path):
+    def dying(*_, **__):
+        return [sys.executable, "-c", "print('CUDA out of memory'); raise SystemExit(3)"]
+
+    monkeypatch.setattr(sglang, "command", dying)
+    monkeypatch.setattr(sglang, "sglang_version", lambda: "0.5.17")
+    with pytest.raises(SystemExit) as caught:
+        run.main(
+            arguments(model, questions, tmp_path / "out", "--tasks", "nq_qa", "--port", str(free_port()))
+        )
+    assert "exit code 3" in caught.value.code and "CUDA out of memory" in caught.value.code
+
+
+@dataclass
+class Generation:
+    ids: list
+    verify_passes: int
+    histogram: list
+    prefill_s: float = 0.001
+    decode_s: float = 0.001
+    calls: list = field(default_factory=list)
+
+
+def fake_decoder(monkeypatch, lossless=True):
+    """The interface of fastmtp.decoding over made-up tokens; `lossless=False` changes one token when
+    drafting.
+    """
+    calls = []
+
+    def generate(
+        model, prompt_ids, max_new_tokens, num_steps, temperature=0.0, seed=0, token_map=None, eos_ids=None
+    ):
+        calls.append((model.loaded, num_steps, token_map))
+        ids = [6 + (sum(prompt_ids) + n) % 40 for n in range(min(12, max_new_tokens))]
+        if num_steps and not lossless:
+            ids[7] += 1
+        passes = 4 if num_steps else 0
+        histogram = [sum(n % (num_steps + 1) == j for n in range(passes)) for j in range(num_steps + 1)]
+        return Generation(ids, passes, histogram)
+
+    module = types.ModuleType("fastmtp.decoding")
+    module.load = lambda folder, dtype="float32", device="cpu": types.SimpleNamespace(
+        tokenizer=load_tokenizer(folder), eos_ids={2}, loaded=(folder, dtype, device)
+    )
+    module.generate = generate
+    import fastmtp
+
+    monkeypatch.setitem(sys.modules, "fastmtp.decoding", module)
+    monkeypatch.setattr(fastmtp, "decoding", module, raising=False)
+    return calls
+
+
+def test_the_same_arms_without_a_server(model, questions, monkeypatch, tmp_path):
+    calls = fake_decoder(monkeypatch)
+    out = tmp_path / "out"
+    more = [
+        "--backend",
+        "reference",
+        "--arms",
+        "fastmtp:3,baseline",
+        "--tasks",
+        "nq_qa",
+        "--num-questions",
+        "4",
+    ]
+    run.main(arguments(model, questions, out, *more))
+    lines = read(out / "results.jsonl")
+    assert [x["arm"] for x in lines] == ["baseline", "fastmtp:3", REPEAT]
+    spec = lines[1]
+    assert spec["output_tokens"] == 48 and spec["accept_length"] == 48 / 16
+    assert spec["position_rates"] == [0.75, 0.5, 0.25] and spec["lossless"]["share"] == 1.0
+    assert spec["environment"]["backend"] == "reference" and spec["config"]["dtype"] == "float32"
+    assert calls[0] == ((model, "float32", "cpu"), 0, None)
+    assert (out / "radar.png").exists()
+
+
+def test_without_a_baseline_there_are_no_claims(model, questions, monkeypatch, tmp_path):
+    fake_decoder(monkeypatch)
+    out = tmp_path / "out"
+    run.main(
+        arguments(
+            model,
+            questions,
+            out,
+            "--backend",
+            "reference",
+            "--arms",
+            "fastmtp:1,fastmtp:3",
+            "--tasks",
+            "nq_qa",
+        )
+    )
+    assert [(x["arm"], x["speedup"], x["lossless"]) for x in read(out / "results.jsonl")] == [
+        ("fastmtp:1", None, {}),
+        ("fastmtp:3", None, {}),
+    ]
+    assert "No baseline in this run" in (out / "table.md").read_text()
+    assert (out / "steps.png").exists() and not (out / "radar.png").exists()
+
+
+def test_different_text_in_float32_is_called_out(model, questions, monkeypatch, tmp_path, capsys):
+    fake_decoder(monkeypatch, lossless=False)
+    run.main(arguments(model, questions, tmp_path / "out", "--backend", "reference", "--tasks", "nq_qa"))
+    assert "NOT LOSSLESS in float32: fastmtp:3 on nq_qa: 0 of 6" in capsys.readouterr().out
+
+
+def test_wrong_use_is_found_before_anything_starts(model, questions, started, tmp_path):
+    out = tmp_path / "out"
+    for more, message in (
+        (["--tasks", "nothing"], "is not a task"),
+        (["--backend", "reference", "--parallel", "2"], "one request at a time"),
+        (["--num-questions", "0"], "at least 1"),
+        (["--model", str(tmp_path / "none")], "no such model folder"),
+        (["--tasks", "math_500"], "no files named math_500"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run.main(arguments(model, questions, out, *more))
+    assert not started and not out.exists()
+
+
+def test_warnings_tell_when_not_to_believe():
+    config = {"parallel": 4, "dtype": "bfloat16"}
+    lossless = {"reference": "baseline", "questions": 80, "identical": 60, "share": 0.75}
+    lines = [
+        {"arm": "baseline", "task": "t", "num_questions": 80, "lossless": {}, "config": config},
+        {"arm": "fastmtp:3", "task": "t", "num_questions": 8, "lossless": lossless, "config": config},
+    ]
+    text = "\n".join(table.warnings(lines, {"t": -0.05}))
+    for part in ("-5.0%", "4 requests in flight", "Only 8 questions", "60 of 80 outputs equal"):
+        assert part in text
+    assert "drift is unknown" in "\n".join(table.warnings(lines, {}))
+    assert "No baseline" in "\n".join(table.warnings(lines[1:], {}))
+
+
+def test_evaluation_imports_nothing_of_training_or_the_server():
+    root = Path(importlib.util.find_spec("evaluation").origin).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        for word in (
+            "import sglang",
+            "from sglang",
+            "import swift",
+            "from swift",
+            "fastmtp.head.recursion",
+            "fastmtp.head.losses",
+        ):
+            assert word not in text, path

@@ -1,0 +1,84 @@
+"""What the vocabulary builder's tests share: a small byte-level BPE tokenizer trained here, its texts, the
+command.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fastmtp.build_vocab import main
+
+ENGLISH = [
+    "The cat sat on the mat.",
+    "A dog ran after the cat; the cat ran away.",
+    "Numbers: 1 2 3, and more words.",
+]
+CHINESE = ["今天天气很好，我们去公园。", "猫坐在垫子上，狗在追猫。", "数学是研究数量的学科。"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def small_tokenizer(path: Path) -> str:
+    """Written to the folder `path`: 256 bytes, some 120 merges, three special tokens and one added plain one."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(ENGLISH * 4 + CHINESE * 4, trainer)
+    bpe.add_tokens([AddedToken("<think>", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300]}))
+    return str(path)
+
+
+def write(path: Path, rows: list) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as out:
+        out.writelines(
+            (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows
+        )
+    return str(path)
+
+
+def run(folder: str, *args, out: Path, sizes: str = "300,350") -> None:
+    main(["--tokenizer", folder, "--sizes", sizes, "--out", str(out), *map(str, args)])
+
+
+def leftovers(path: Path) -> list[str]:
+    return [p.name for p in path.rglob("*")] if path.exists() else []
+
+
+def command(folder: str, *args, out: Path, **kwargs) -> subprocess.Popen:
+    here = Path(__file__).resolve().parents[2]
+    line = [
+        sys.executable,
+        "-m",
+        "fastmtp.build_vocab",
+        "--tokenizer",
+        folder,
+        "--out",
+        out,
+        "--sizes",
+        "300,350",
+        *args,
+    ]
+    env = {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, line)), env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
