@@ -22,6 +22,7 @@ from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.sglang import split_flags
 from fastmtp.files import write_json, write_provenance
+from fastmtp.markdown import grid
 from fastmtp.vocab.token_map import load_token_map
 
 
@@ -76,18 +77,26 @@ def compare(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], dtype: str) -
     return rows
 
 
+HEAD = (
+    "arm",
+    "task",
+    "questions",
+    "tau served",
+    "tau computed",
+    "difference",
+    "rates served",
+    "rates computed",
+)
+
+
 def markdown(rows: list[dict]) -> str:
-    lines = [
-        "| arm | task | questions | tau served | tau computed | difference | rates served | rates computed |"
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|---|---|")
+    lines = []
     for row in rows:
-        rates = [" ".join(f"{x:.3f}" for x in row[side]["position_rates"]) for side in ("served", "computed")]
-        lines.append(
-            f"| {row['arm']} | {row['task']} | {row['questions']} | {row['served']['accept_length']:.3f} | "
-            f"{row['computed']['accept_length']:.3f} | {row['difference']:+.3f} | {rates[0]} | {rates[1]} |"
-        )
-    return "\n".join(lines) + "\n"
+        served, computed = row["served"], row["computed"]
+        rates = [" ".join(f"{x:.3f}" for x in side["position_rates"]) for side in (served, computed)]
+        taus = [f"{side['accept_length']:.3f}" for side in (served, computed)]
+        lines.append([row["arm"], row["task"], row["questions"], *taus, f"{row['difference']:+.3f}", *rates])
+    return grid(HEAD, lines, text=2) + "\n"
 
 
 def parser() -> Parser:

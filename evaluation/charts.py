@@ -8,21 +8,14 @@ picture.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
-import matplotlib
+from fastmtp import plots
+from fastmtp.cli import InputError, Parser, run
+from fastmtp.files import existing, read_json
+from fastmtp.plots import plt, style
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-from fastmtp.cli import InputError, Parser, run  # noqa: E402
-from fastmtp.files import atomic, existing  # noqa: E402
-
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":"]
 
 
@@ -32,9 +25,9 @@ def draw(report: dict, out: Path) -> None:
     if not arms:
         return
     if all(report["average"][name]["speedup"] for name in arms):
-        _save(radar(report, arms), out / "radar.png")
-    _save(steps(report, arms), out / "steps.png")
-    _save(acceptance(report, arms), out / "acceptance.png")
+        plots.save(radar(report, arms), out / "radar.png")
+    plots.save(steps(report, arms), out / "steps.png")
+    plots.save(acceptance(report, arms), out / "acceptance.png")
 
 
 def radar(report: dict, arms: list[str]):
@@ -92,7 +85,7 @@ def steps(report: dict, arms: list[str]):
         ks = [k for k, _ in members]
         for axes, what in ((left, "accept_length"), (right, key)):
             values = [report["average"][name][what] for _, name in members]
-            axes.plot(ks, values, **_style(number), label=family)
+            axes.plot(ks, values, **style(number), label=family)
     every = sorted({k for members in families.values() for k, _ in members})
     for axes in (left, right):
         axes.set_xticks(every)
@@ -114,11 +107,11 @@ def acceptance(report: dict, arms: list[str]):
     for number, members in enumerate(_families(report, arms).values()):
         _, name = members[-1]
         rates = report["position_rates"][name]
-        axes.plot(range(1, len(rates) + 1), rates, **_style(number), label=name)
+        axes.plot(range(1, len(rates) + 1), rates, **style(number), label=name)
     axes.set_ylim(0, 1)
     axes.set_xlabel("draft position")
     axes.set_ylabel("share of verify passes that accept it")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    plots.whole_numbers(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -139,19 +132,19 @@ def draw_speed_model(points: list[dict], out: Path) -> None:
     for number, (variant, name) in enumerate(dict.fromkeys((p["variant"], p["map"]) for p in drafting)):
         rows = [p for p in drafting if (p["variant"], p["map"]) == (variant, name)]
         rows.sort(key=lambda p: p["num_steps"])
-        ks, look = [p["num_steps"] for p in rows], _style(number)
+        ks, look = [p["num_steps"] for p in rows], style(number)
         axes.plot(ks, [p["speedup"] for p in rows], **look, label=f"{variant} {name or 'full'} head".strip())
         bound = [p["tau"] / p["bound_ms"] * plain["bound_ms"] for p in rows]
         axes.plot(ks, bound, color=look["color"], linewidth=1, linestyle=":")
     axes.plot([], [], color="grey", linewidth=1, linestyle=":", label="bandwidth bound")
     axes.axhline(1.0, color="grey", linewidth=1)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    plots.whole_numbers(axes.xaxis)
     axes.set_xlabel("draft steps K")
     axes.set_ylabel("speed-up over plain decoding")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    _save(figure, out / "speed.png")
+    plots.save(figure, out / "speed.png")
 
 
 def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]:
@@ -164,24 +157,14 @@ def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]
     return {family: sorted(members) for family, members in families.items()}
 
 
-def _style(number: int) -> dict:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-
-
 def _looks(report: dict, arms: list[str]) -> dict[str, dict]:
     """A colour and marker for each head and map; its largest K drawn solid, smaller ones broken and paler."""
     looks = {}
     for number, members in enumerate(_families(report, arms).values()):
         for rank, (_, name) in enumerate(reversed(members)):
             fade = {"linestyle": LINES[rank % len(LINES)], "alpha": max(0.35, 1 - 0.25 * rank)}
-            looks[name] = _style(number) | fade
+            looks[name] = style(number) | fade
     return looks
-
-
-def _save(figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, bbox_inches="tight", format="png")
-    plt.close(figure)
 
 
 def draw_folder(folder: str | Path) -> list[Path]:
@@ -195,7 +178,7 @@ def draw_folder(folder: str | Path) -> list[Path]:
             f"{folder}: neither table.json nor speed.json; give the --out of evaluation.run or speed_model"
         )
     for path in found:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         if path.name == "table.json":
             draw(report, folder)
         else:

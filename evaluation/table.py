@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from evaluation import metrics
 from evaluation.plan import REPEAT
+from fastmtp.markdown import grid, number
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
 FEW = 20  # questions below which an interval says little
@@ -130,7 +131,7 @@ def markdown(report: dict) -> str:
         "# Speed and accept length",
         f"{place}, {engine}, {where['settings'].get('dtype')}, {where['finished']}. Speed-up (accept length); "
         "baseline in tokens/s, end to end. Averages are means over tasks.",
-        _grid(head, rows),
+        grid(head, rows),
     ]
     if report["warnings"]:
         parts += ["**Be careful:**", "\n".join(f"- {text}" for text in report["warnings"])]
@@ -138,7 +139,7 @@ def markdown(report: dict) -> str:
         "![speed-up by task](radar.png) ![accept length and speed by draft steps](steps.png) "
         "![acceptance by position](acceptance.png)",
         "## Detail",
-        _grid(detail_head, details),
+        grid(detail_head, details),
     ]
     if report["drift"]:
         changes = ", ".join(f"{titles[task]} {change:+.1%}" for task, change in report["drift"].items())
@@ -149,10 +150,10 @@ def markdown(report: dict) -> str:
 def _short(cell: dict) -> str:
     plain = cell["accept_length"] is None or cell["accept_length"] == 1.0
     if cell["speedup"] is None or (plain and cell["speedup"] == 1.0):
-        return f"{_number(cell['throughput'], '.1f')} tok/s" + (
+        return f"{number(cell['throughput'], '.1f')} tok/s" + (
             "" if plain else f" ({cell['accept_length']:.2f})"
         )
-    return f"{cell['speedup']:.2f}x ({_number(cell['accept_length'], '.2f')})"
+    return f"{cell['speedup']:.2f}x ({number(cell['accept_length'], '.2f')})"
 
 
 def _detail(name: str, title: str, cell: dict) -> list[str]:
@@ -164,23 +165,14 @@ def _detail(name: str, title: str, cell: dict) -> list[str]:
         str(cell["num_questions"]),
         _spanned(cell["accept_length"], spans.get("accept_length"), ".2f") if cell["num_steps"] else "1",
         _spanned(cell["throughput"], spans.get("throughput"), ".1f"),
-        _number(cell["decode_throughput"], ".1f"),
+        number(cell["decode_throughput"], ".1f"),
         _spanned(cell["speedup"], spans.get("speedup"), ".2f"),
         f"{lossless['identical']}/{lossless['questions']}" if lossless else "",
         " ".join(f"{rate:.2f}" for rate in cell["position_rates"]),
     ]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _spanned(value: float | None, span: list[float] | None, form: str) -> str:
     if value is None or span is None:
-        return _number(value, form)
+        return number(value, form)
     return f"{value:{form}} ({span[0]:{form}} to {span[1]:{form}})"
-
-
-def _grid(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
