@@ -13,6 +13,7 @@ import fcntl
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.resources
 import json
 import os
 import platform
@@ -35,6 +36,38 @@ def existing(path: str | Path, what: str = "file") -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such {what}; check the path")
     return path
+
+
+SHIPPED = ("configs", "examples", "vocab")  # folders of the checkout that an installed package carries too
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that this code runs from; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return root if 'name = "fastmtp"' in project else None
+
+
+def resource(path: str | Path) -> Path:
+    """`path` as it is if it exists, else the file or folder of this name that comes with the project.
+
+    Shipped are configs/, examples/, vocab/ and the package's own fastmtp/; other paths are left as they are.
+    Fit for argparse's `type`, so that a command finds `configs/quickstart.yaml` from any folder.
+    """
+    path = Path(path)
+    package = importlib.resources.files("fastmtp")
+    if path.exists() or path.is_absolute():
+        return path
+    if path.parts[:1] == ("fastmtp",):
+        shipped = Path(str(package.joinpath(*path.parts[1:])))
+    elif path.parts[:1] and path.parts[0] in SHIPPED:
+        shipped = (checkout() or Path(str(package.joinpath("resources")))) / path
+    else:
+        return path
+    return shipped if shipped.exists() else path
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -101,7 +134,7 @@ def is_ours(path: Path) -> bool:
 
 
 def check_output(path: str | Path) -> None:
-    """InputError if something that is not ours would be replaced by an output `path`, file or whole folder."""
+    """InputError if output `path`, a file or a whole folder, would replace something that is not ours."""
     path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -281,27 +314,46 @@ def sha256(path: str | Path) -> str:
 
 def command_line() -> str:
     """The command that is running, as a user would type it: no paths of this machine's installation."""
-    here = Path(__file__).resolve().parent
-    # `-m fastmtp.x` runs anywhere; the file's path would only tell whose machine this was.
-    program = Path(sys.argv[0]).resolve()
-    start = ["-m", f"{here.name}.{program.stem}"] if program.parent == here else [sys.argv[0]]
-    return shlex.join(["python", *start, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    if not program.is_absolute() and not program.exists():  # -c, or a bare name
+        return shlex.join(["python", *sys.argv])
+    root = Path(__file__).resolve().parents[1]
+    program = program.resolve()
+    if program.is_relative_to(root) and program.suffix == ".py":
+        parts = program.relative_to(root).with_suffix("").parts
+        if all(part.isidentifier() for part in parts):
+            # `-m fastmtp.x` runs anywhere; the file's path would only tell whose machine this was.
+            return shlex.join(["python", "-m", ".".join(parts).removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join([program.name, *sys.argv[1:]])  # `fastmtp distill ...`, or somebody's own program
 
 
 def git_state() -> dict[str, object]:
-    """{"git_commit", "git_dirty"} of this checkout; None for both if this is an installed package."""
-    here = Path(__file__).resolve().parent
+    """{"git_commit", "git_dirty"} of this checkout; None for both if there is none of our own.
+
+    A package installed inside somebody's repository, or copied into it, must not report that repository.
+    """
+    unknown = {"git_commit": None, "git_dirty": None}
+    root = checkout()
+    # A hook's GIT_DIR or GIT_WORK_TREE would speak of the repository that the hook runs in.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", here, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", root, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
+    if root is None:
+        return unknown
     try:
-        commit = ask("rev-parse", "HEAD")
-        return {"git_commit": commit, "git_dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+        if Path(ask("rev-parse", "--show-toplevel").strip()).resolve() != root:
+            return unknown
+        commit = ask("rev-parse", "HEAD").strip()
+        changes = [line[:2] + line[3:].strip('"') for line in ask("status", "--porcelain").splitlines()]
     except (OSError, subprocess.CalledProcessError):
-        return {"git_commit": None, "git_dirty": None}
+        return unknown
+    # A new file counts if it may be code; data, runs and results of one's own do not.
+    code = tuple(f"??{folder}/" for folder in ("fastmtp", "evaluation", "benchmarks"))
+    dirty = any(not line.startswith("??") or line.startswith(code) for line in changes)
+    return {"git_commit": commit, "git_dirty": dirty}
 
 
 def provenance(

@@ -6,9 +6,11 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,11 +22,14 @@ from fastmtp.files import (
     growing,
     provenance,
     read_jsonl,
+    resource,
     sha256,
     write_json,
     write_jsonl,
     write_provenance,
 )
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_atomic_leaves_nothing_on_failure_and_the_old_file_as_it_was(tmp_path):
@@ -199,6 +204,79 @@ def test_provenance_needs_no_git(monkeypatch):
     assert found["git_commit"] is None and found["config"] == {"seed": 0}
 
 
+@pytest.fixture
+def clone(tmp_path):
+    """A small checkout: what `files` imports, committed. Gives (folder, git_state in it)."""
+    root = tmp_path / "clone"
+    (root / "fastmtp").mkdir(parents=True)
+    for name in ("pyproject.toml", *(f"fastmtp/{n}.py" for n in ("__init__", "cli", "files", "fingerprint"))):
+        shutil.copy(REPOSITORY / name, root / name)
+
+    def state(**environment: str) -> dict:
+        code = "import json; from fastmtp.files import git_state; print(json.dumps(git_state()))"
+        variables = {**os.environ, "PYTHONPATH": str(root), **environment}
+        command = [sys.executable, "-c", code]
+        return json.loads(subprocess.check_output(command, env=variables, cwd=tmp_path))
+
+    commit(root)
+    return root, state
+
+
+def commit(root: Path) -> None:
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "m"]):
+        subprocess.run(["git", *words], cwd=root, check=True)
+
+
+def test_git_state_of_a_clone(clone, tmp_path):
+    root, state = clone
+    clean = state()
+    assert len(clean["git_commit"]) == 40 and clean["git_dirty"] is False
+    (root / "data").mkdir()
+    (root / "data" / "mine.jsonl").write_text("{}")
+    assert state() == clean  # one's own data is no change of the code
+    (root / "fastmtp" / "new.py").write_text("x = 1\n")
+    assert state() == clean | {"git_dirty": True}
+    (root / "fastmtp" / "new.py").unlink()
+    (root / "fastmtp" / "cli.py").write_text((root / "fastmtp" / "cli.py").read_text() + "# x\n")
+    assert state() == clean | {"git_dirty": True}
+    (tmp_path / "other").mkdir()
+    commit_of_hook = {"GIT_DIR": str(tmp_path / "other" / ".git"), "GIT_WORK_TREE": str(tmp_path / "other")}
+    assert state(**commit_of_hook) == clean | {"git_dirty": True}
+
+
+def test_somebody_elses_repository_is_not_reported(clone, tmp_path):
+    root, state = clone
+    shutil.rmtree(root / ".git")
+    commit(tmp_path)  # the folder around it: a vendored copy, or site-packages inside a project
+    assert state() == {"git_commit": None, "git_dirty": None}
+    (root / "pyproject.toml").write_text("[project]\nname = 'theirs'\n")
+    commit(root)
+    assert state() == {"git_commit": None, "git_dirty": None}
+
+
+@pytest.mark.parametrize(
+    "program, expected",
+    [
+        (str(REPOSITORY / "evaluation" / "run.py"), "python -m evaluation.run --x 'a b'"),
+        (str(REPOSITORY / "benchmarks" / "speed" / "run.py"), "python -m benchmarks.speed.run --x 'a b'"),
+        (str(REPOSITORY / "fastmtp" / "train.py"), "python -m fastmtp.train --x 'a b'"),
+        ("/home/u/.venv/bin/fastmtp", "fastmtp --x 'a b'"),
+        (str(REPOSITORY / ".venv" / "lib" / "tool.py"), "tool.py --x 'a b'"),
+        ("-c", "python -c --x 'a b'"),
+    ],
+)
+def test_the_recorded_command_holds_no_path_of_the_machine(monkeypatch, program, expected):
+    monkeypatch.setattr(sys, "argv", [program, "--x", "a b"])
+    assert provenance({})["command"] == expected
+
+
+def test_a_bench_script_started_in_its_own_folder_is_recorded_by_its_module(monkeypatch):
+    monkeypatch.chdir(REPOSITORY / "evaluation" / "mt_bench")
+    monkeypatch.setattr(sys, "argv", ["bench_sglang_eagle.py"])
+    assert provenance({})["command"] == "python -m evaluation.mt_bench.bench_sglang_eagle"
+
+
 # --- what is not ours
 
 
@@ -287,3 +365,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
                 temporary.write_text("half")
                 raise error
     assert not list(tmp_path.iterdir())
+
+
+# --- what comes with the project
+
+
+def test_a_shipped_file_is_found_from_any_folder_and_ones_own_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resource("configs/quickstart.yaml").is_file() and resource("fastmtp/files.py").is_file()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text("mine")
+    assert resource("configs/quickstart.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "path", ["configs/none.yaml", "README.md", "/configs/quickstart.yaml", "", "tests/conftest.py"]
+)
+def test_other_paths_are_left_as_they_are(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert str(resource(path)) == str(Path(path))

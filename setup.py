@@ -1,0 +1,22 @@
+"""What pyproject.toml cannot say: the folders at the top of the checkout that the wheel carries as data.
+
+`fastmtp.files.resource` finds them in both places.
+"""
+
+from setuptools import find_packages, setup
+
+DATA = {
+    "configs": ["*.yaml", "*.json", "data/*.yaml"],
+    "examples": ["*.jsonl", "*.py"],
+    "vocab": ["*/*.pt", "*/*.json"],
+}
+
+setup(
+    packages=[
+        *find_packages(include=["fastmtp*", "evaluation*"]),
+        *(f"fastmtp.resources.{name}" for name in DATA),
+    ],
+    package_dir={f"fastmtp.resources.{name}": name for name in DATA},
+    package_data={f"fastmtp.resources.{name}": patterns for name, patterns in DATA.items()}
+    | {"fastmtp": ["heads/README.md", "heads/*/*.safetensors"]},
+)
