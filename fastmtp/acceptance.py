@@ -25,11 +25,11 @@ from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import Model, load
 from fastmtp.head.teacher import greedy
 from fastmtp.tau import Acceptance, walk
-from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, context_ids, names_by_anchor, parse_maps, union
+from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, names_by_anchor, parse_maps, union
 from fastmtp.vocab.draft_vocab import read as read_vocab
 from fastmtp.vocab.token_map import load_token_map
 
-FULL, CONTEXT = "full", "auto+context"
+FULL = "full"  # the name of no map
 
 Results = dict[tuple[str, str, str], "Acceptance"]  # by source, language, map name
 
@@ -40,13 +40,9 @@ def draft_hits(
     samples: list[tuple[list[int], list[int]]],
     num_steps: int,
     token_maps: dict[str, Tensor | None],
-    context_rows: int = 0,
 ) -> list[dict[str, Tensor]]:
     """For each (prompt ids, output ids): {map name: hits [n-1, K]} (see `walk`), from one padded forward
     pass.
-
-    With `context_rows` each sample's map holds up to so many ids of its prompt as well
-    (`draft_vocab.context_ids`).
     """
     net = model.net
     weight = net.lm_head.weight
@@ -69,35 +65,14 @@ def draft_hits(
     results: list[dict[str, Tensor]] = [{} for _ in samples]
     for name, map_ in token_maps.items():
         small = weight if map_ is None else weight[map_.to(weight.device)]
-        extras = (
-            [context_ids(prompt, map_, context_rows) for prompt, _ in samples]
-            if context_rows and map_ is not None
-            else []
-        )
         hits = torch.empty(len(where), num_steps, dtype=torch.bool, device=weight.device)
         for step, state in enumerate(states):
             rows = greedy(state.flatten(0, 1)[where], small)
             drafts = rows if map_ is None else map_.to(weight.device)[rows]
-            if extras:
-                drafts = better(state.flatten(0, 1)[where], drafts, weight, extras, [len(a) for a in anchors])
             hits[:, step] = (drafts == text[where + step + 2]) & (left > step)
         for found, part in zip(results, hits.cpu().split([len(a) for a in anchors]), strict=True):
             found[name] = part
     return results
-
-
-def better(states: Tensor, drafts: Tensor, weight: Tensor, extras: list[Tensor], counts: list[int]) -> Tensor:
-    """drafts [N] or, where its logit is higher, the best of the sample's `extras`; samples have `counts` rows
-    each.
-    """
-    found = []
-    for state, draft, extra in zip(states.split(counts), drafts.split(counts), extras, strict=True):
-        if len(extra) and len(state):
-            extra = extra.to(weight.device)
-            value, row = (state.float() @ weight[extra].float().T).max(-1)
-            draft = torch.where(value > (state.float() * weight[draft].float()).sum(-1), extra[row], draft)
-        found.append(draft)
-    return torch.cat(found)
 
 
 def measure_at(
@@ -107,13 +82,12 @@ def measure_at(
     token_maps: dict[str, Tensor | None] | None = None,
     batch_tokens: int | None = None,
     vocab: DraftVocab | None = None,
-    context_rows: int = 0,
 ) -> dict[int, Results]:
     """{K: {(source, lang, map name): Acceptance}} for every K of `at`, from one pass with the largest.
 
     samples: distilled ones (`prompt_ids`, `output_ids`); the map "full" is none. A batch holds at most
     `batch_tokens` places (default by device), padding included. `vocab` adds each of its maps, and "auto",
-    which follows the language; with `context_rows` also "auto+context".
+    which follows the language.
     """
     maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
     batch_tokens = batch_tokens or (32768 if model.net.lm_head.weight.is_cuda else 8192)
@@ -129,11 +103,8 @@ def measure_at(
             pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
             found = draft_hits(model, pairs, max(at), maps)
             if vocab:
-                follow(vocab, pairs, found, found, AUTO)
-            if vocab and context_rows:
-                follow(
-                    vocab, pairs, found, draft_hits(model, pairs, max(at), vocab.maps, context_rows), CONTEXT
-                )
+                for (prompt, output), by_map in zip(pairs, found, strict=True):
+                    by_map[AUTO] = followed(vocab, prompt, output, by_map)
             hits |= zip(batch, found, strict=True)
             bar.update(len(batch))
     results: dict[int, Results] = {steps: defaultdict(Acceptance) for steps in at}
@@ -145,20 +116,11 @@ def measure_at(
     return {steps: dict(rows) for steps, rows in results.items()}
 
 
-def follow(
-    vocab: DraftVocab,
-    samples: list[tuple[list[int], list[int]]],
-    found: list[dict],
-    by_map: list[dict],
-    name: str,
-) -> None:
-    """Add to each sample's `found` the hits of the map that is active at each anchor, out of `by_map`, as
-    `name`.
-    """
-    for (prompt, output), to, hits in zip(samples, found, by_map, strict=True):
-        names = names_by_anchor(vocab, prompt, output)
-        rows = [hits[active][anchor] for anchor, active in enumerate(names)]
-        to[name] = torch.stack(rows) if rows else hits[vocab.first()]
+def followed(vocab: DraftVocab, prompt: list[int], output: list[int], hits: dict[str, Tensor]) -> Tensor:
+    """One answer's hits [n-1, K] with the map that is active at each anchor. hits: by map name."""
+    active = names_by_anchor(vocab, prompt, output)
+    rows = [hits[name][anchor] for anchor, name in enumerate(active)]
+    return torch.stack(rows) if rows else hits[vocab.first()]
 
 
 def measure(
@@ -284,12 +246,6 @@ def parser() -> Parser:
         metavar="EN=PATH,ZH=PATH",
         help="also with each of these, their mix, their union, and following the language",
     )
-    p.add_argument(
-        "--context-rows",
-        type=int,
-        default=0,
-        help="of --token-maps, following with up to N ids of the prompt added to the map",
-    )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="also write the figures as JSON")
@@ -313,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, tables = {steps: [] for steps in at}, []
     for name, head in heads.items():
         model.net.load_head(head)
-        for steps, results in measure_at(model, samples, at, maps, None, vocab, args.context_rows).items():
+        for steps, results in measure_at(model, samples, at, maps, None, vocab).items():
             rows[steps] += as_json(results, name)
             tables.append(f"head: {name}, K={steps}\n\n{table(results)}\n")
     if args.out:

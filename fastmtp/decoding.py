@@ -241,7 +241,7 @@ def generate(
     def draft(state: Tensor, position: int) -> tuple[list[int], Tensor | None]:
         """K tokens from g at `position`; with a temperature also their distributions [K, V]."""
         if follower:
-            drafter.use(follower.ids(follower.look(tokens[len(prompt_ids) :])))
+            drafter.use(token_map.maps[follower.look(tokens[len(prompt_ids) :])])
         picked: list[Tensor] = []
         dists = []
         for step in range(num_steps):
@@ -408,9 +408,6 @@ def parser() -> Parser:
     p.add_argument(
         "--vocab-policy", default=AUTO, metavar="auto|fixed:NAME|union", help="of --token-maps (default auto)"
     )
-    p.add_argument(
-        "--context-rows", type=int, default=0, help="ids of the prompt that join the map (default 0)"
-    )
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="identity needs float32"
@@ -433,9 +430,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.token_maps:
         if maps:
             raise InputError("--token-map and --token-maps: give one of them")
-        token_map = read(
-            args.token_maps, args.vocab_policy, model.tokenizer, model.net.vocab_size, args.context_rows
-        )
+        token_map = read(args.token_maps, args.vocab_policy, model.tokenizer, model.net.vocab_size)
         maps = list(parse_maps(args.token_maps).values())
     out = Path(args.out)
     depends = {"model": args.model, "prompts": args.prompts, "token maps": maps}
@@ -445,7 +440,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "limit",
         "num_steps",
         "vocab_policy",
-        "context_rows",
         "max_new_tokens",
         "dtype",
         "device",

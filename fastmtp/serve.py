@@ -46,12 +46,6 @@ def parser() -> Parser:
         metavar="auto|fixed:NAME|union",
         help="which of --token-maps is used when (default auto)",
     )
-    p.add_argument(
-        "--context-rows",
-        type=int,
-        default=0,
-        help="ids of the running prompts that join the active one of --token-maps (default 0)",
-    )
     p.add_argument("--no-spec", action="store_true", help="plain decoding, the baseline")
     p.add_argument("--tp", type=int, default=1, help="GPUs to split the model over (default %(default)s)")
     p.add_argument("--port", type=int, default=30000, help="default %(default)s")
@@ -72,10 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"--token-maps with {'--token-map' if args.token_map else '--no-spec'}: give one of them"
         )
-    if (args.vocab_policy or args.context_rows) and not args.token_maps:
-        raise InputError(
-            "--vocab-policy and --context-rows: there are no --token-maps; give them or leave these out"
-        )
+    if args.vocab_policy and not args.token_maps:
+        raise InputError("--vocab-policy: there are no --token-maps; give them or leave it out")
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port {args.port}: must be 1 to 65535")
     line = command(
@@ -87,9 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         check_token_map(args.token_map, args.model)
     if args.token_maps:
         file = log.with_suffix(".vocab.pt")
-        env = vocab_environment(
-            args.token_maps, args.vocab_policy or "auto", args.model, file, args.context_rows
-        )
+        env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, file)
     shown = shlex.join([*(f"{name}={value}" for name, value in env.items()), *line])
     if args.dry_run:
         print(shown)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files
-from fastmtp.acceptance import CONTEXT, FULL, as_json, follow, read_samples, table
+from fastmtp.acceptance import FULL, as_json, followed, read_samples, table
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.head.recursion import shift
 from fastmtp.tau import Acceptance, walk
@@ -35,19 +35,13 @@ def possible(output_ids: list[int], allowed: Tensor | None, num_steps: int) -> T
 
 
 def bound(vocab: DraftVocab, samples: list[dict], num_steps: int) -> dict[tuple[str, str, str], Acceptance]:
-    """Results in acceptance's form: the whole head, each map, their union, and following, with the prompt's
-    ids too.
-    """
+    """Results in acceptance's form: the whole head, each map, their union, and following."""
     maps = {FULL: None} | vocab.maps | {UNION: union(vocab.maps)}
     found: dict[tuple[str, str, str], Acceptance] = defaultdict(Acceptance)
     for sample in tqdm(samples, desc="bound", unit="sample"):
         prompt, output = sample["prompt_ids"], sample["output_ids"]
         hits = {name: possible(output, ids, num_steps) for name, ids in maps.items()}
-        follow(vocab, [(prompt, output)], [hits], [hits], AUTO)
-        if vocab.context_rows:
-            follower = vocab.follow(prompt)
-            wider = {name: possible(output, follower.ids(name), num_steps) for name in vocab.maps}
-            follow(vocab, [(prompt, output)], [hits], [wider], CONTEXT)
+        hits[AUTO] = followed(vocab, prompt, output, hits)
         for name, rows in hits.items():
             found[sample.get("source", ""), sample.get("lang", ""), name].add(len(output), walk(rows))
     return found
@@ -64,9 +58,6 @@ def parser() -> Parser:
     p.add_argument("--data", required=True, help="distilled samples")
     p.add_argument("--token-maps", required=True, metavar="EN=PATH,ZH=PATH")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle (default %(default)s)")
-    p.add_argument(
-        "--context-rows", type=int, default=0, help="also with up to N ids of the prompt added (default 0)"
-    )
     p.add_argument("--out", required=True, metavar="JSON")
     return p
 
@@ -75,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "num_steps")
     tokenizer = load_tokenizer(args.tokenizer)
-    vocab = read_vocab(args.token_maps, AUTO, tokenizer, len(tokenizer), args.context_rows)
+    vocab = read_vocab(args.token_maps, AUTO, tokenizer, len(tokenizer))
     samples = read_samples(args.data, len(tokenizer))
     if all(len(sample["output_ids"]) < 2 for sample in samples):
         raise InputError(f"{args.data}: no answer has two tokens; give distilled samples")

@@ -134,9 +134,6 @@ def parser() -> Parser:
     p.add_argument("--limit", type=int, default=8, help="prompts of each file (default %(default)s)")
     p.add_argument("--tokens", type=int, default=48, help="longest answer (default %(default)s)")
     p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle (default %(default)s)")
-    p.add_argument(
-        "--context-rows", type=int, default=0, help="ids of the prompts that join the active map (default 0)"
-    )
     p.add_argument("--tp", type=int, default=1, help="GPUs to split each model over (default %(default)s)")
     p.add_argument("--port", type=int, default=30300, help="the first of three (default %(default)s)")
     p.add_argument("--out", required=True, metavar="FOLDER")
@@ -158,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = harness.load_tokenizer(args.model)
     rows = [read_prompts(path, limit=args.limit) for path in args.prompts]
     prompts = [prompt_ids(tokenizer, row["messages"]) for turn in zip(*rows, strict=False) for row in turn]
-    env = sglang.vocab_environment(args.token_maps, "auto", args.model, out / "vocab.pt", args.context_rows)
+    env = sglang.vocab_environment(args.token_maps, "auto", args.model, out / "vocab.pt")
     env |= {"FASTMTP_CHECK_DRAFTS": "1"}
     flags = sglang.without(FLAGS, flags) + flags
     servers = {

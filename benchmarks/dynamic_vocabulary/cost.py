@@ -38,7 +38,6 @@ from fastmtp.vocab.script_table import ScriptTable
 from fastmtp.vocab.token_map import parse_size, size_name
 
 LANGS = ("en", "zh")
-CONTEXT_ROWS = 512
 FLAGS = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--random-seed", "0"]
 FLAGS += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
 FLAGS += ["--chunked-prefill-size", "2048", "--max-running-requests", "1", "--cuda-graph-max-bs-decode", "1"]
@@ -117,7 +116,6 @@ def kernels(shape: dict, sizes: list[int]) -> list[dict]:
             "rows": size[0],
             "switch_us": 0.0,
             "head_us": 1e6 * timed(full.replay),
-            "context_us": 0.0,
             "static_us": 1e6 * timed(full.replay),
         }
     ]
@@ -134,10 +132,6 @@ def kernels(shape: dict, sizes: list[int]) -> list[dict]:
                 raise RuntimeError(
                     f"after a switch to '{name}' the graph drafted {best.tolist()}, not {wanted.tolist()}"
                 )
-        longer = ActiveHead(head, vocab.maps, context_rows=CONTEXT_ROWS)
-        longer.activate(LANGS[0])
-        longer.extend(vocab.maps[LANGS[1]][:CONTEXT_ROWS])
-        context, _ = graph_of(lambda longer=longer: longer.logits(hidden).float().argmax(-1))
         turns = [0]
 
         def switch(active=active, turns=turns):
@@ -146,8 +140,11 @@ def kernels(shape: dict, sizes: list[int]) -> list[dict]:
 
         small = head[:rows].clone()
         static, _ = graph_of(lambda small=small: (hidden @ small.T).float().argmax(-1))
-        cost = {"switch_us": timed(switch), "head_us": timed(graph.replay)}
-        cost |= {"context_us": timed(context.replay), "static_us": timed(static.replay)}
+        cost = {
+            "switch_us": timed(switch),
+            "head_us": timed(graph.replay),
+            "static_us": timed(static.replay),
+        }
         found.append({"rows": rows} | {name: 1e6 * seconds for name, seconds in cost.items()})
     return found
 
@@ -283,10 +280,10 @@ def markdown(report: dict) -> str:
         "",
     ]
     lines += [
-        f"| rows of the head | switch, us | following head, us | with {CONTEXT_ROWS} context rows, us | static head, us |",
-        "|---:|---:|---:|---:|---:|",
+        "| rows of the head | switch, us | following head, us | static head, us |",
+        "|---:|---:|---:|---:|",
     ]
-    columns = ("switch_us", "head_us", "context_us", "static_us")
+    columns = ("switch_us", "head_us", "static_us")
     lines += [
         f"| {r['rows']} | " + " | ".join(f"{r[c]:.1f}" for c in columns) + " |" for r in report["kernels"]
     ]

@@ -120,16 +120,14 @@ def check_token_map(path: str, model: str) -> None:
     draft_vocab.load_map(path, load_tokenizer(model), check_model(model, 1)["vocab_size"])
 
 
-def vocab_environment(
-    token_maps: str, policy: str, model: str, path: Path, context_rows: int = 0
-) -> dict[str, str]:
+def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> dict[str, str]:
     """Write the draft vocabulary's file to `path`; the environment in which SGLang uses it
     (fastmtp.sglang_ext).
 
     Raises InputError for maps that do not fit the model, each other or the policy.
     """
     config = check_model(model, 1)
-    draft_vocab.read(token_maps, policy, load_tokenizer(model), config["vocab_size"], context_rows).save(path)
+    draft_vocab.read(token_maps, policy, load_tokenizer(model), config["vocab_size"]).save(path)
     return extension(path)
 
 

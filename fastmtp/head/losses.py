@@ -20,8 +20,6 @@ from .teacher import chunks, greedy, likeliest, soft_cross_entropy
 
 IGNORE = -100
 LABELS = ("data", "argmax", "kl", "lk")
-MEANS = ("token", "sequence")
-SEQUENCE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -31,20 +29,16 @@ class Objective:
     beta: step k weighs alpha_k, proportional to beta^(k-1).
     labels: `data`, the text's next token; `argmax`, the backbone's likeliest; `kl` and `lk`, its distribution
     (teacher.py)
-        as the `top_k` likeliest tokens and a tail, at `temperature`.
+        as the `top_k` likeliest tokens and a tail.
     prefix_floor: where an earlier draft of the chain missed the text, an engine never gets to step k; such a
     target
         weighs this share. 1 keeps all alike, 0 drops them.
-    mean: `token`, every answer token weighs the same; `sequence`, every document does, that of one with 256
-    answer tokens.
     """
 
     beta: float
     labels: str
     top_k: int
-    temperature: float
     prefix_floor: float
-    mean: str
 
     def __post_init__(self):
         for name, value, fine, wanted in (
@@ -57,18 +51,11 @@ class Objective:
                 "a whole number of at least 1",
             ),
             (
-                "temperature",
-                self.temperature,
-                _number(self.temperature) and self.temperature > 0,
-                "a number above 0",
-            ),
-            (
                 "prefix_floor",
                 self.prefix_floor,
                 _number(self.prefix_floor) and 0 <= self.prefix_floor <= 1,
                 "a number from 0 to 1",
             ),
-            ("mean", self.mean, self.mean in MEANS, f"one of {', '.join(MEANS)}"),
         ):
             if not fine:
                 raise ValueError(f"mtp_{name} must be {wanted}, not {value}")
@@ -170,7 +157,6 @@ def mtp_loss(
     targets = [target.flatten() for target in step_targets(labels, segments, len(states))]
     rows = [(target != IGNORE).nonzero().squeeze(1) for target in targets]
     answers = _Answers(hidden, weight, rows[0], objective) if objective.labels != "data" else None
-    share = _sequence_share(labels, segments) if objective.mean == "sequence" else None
     accepted = torch.ones_like(
         targets[0], dtype=torch.bool
     )  # by anchor: the chain's drafts so far equal the text
@@ -189,8 +175,6 @@ def mtp_loss(
         if objective.prefix_floor != 1:
             losses = losses * torch.where(accepted[where], 1.0, objective.prefix_floor)
             accepted[where] &= drafts == text
-        if share is not None:
-            losses = losses * share[where]
         total = total + alpha * losses.sum() / num_items
     return total, token_losses
 
@@ -210,7 +194,7 @@ class _Answers:
         if objective.labels == "argmax":
             self.ids, self.probs = greedy(states, weight)[:, None], None
         else:
-            self.ids, self.probs = likeliest(states, weight, objective.top_k, objective.temperature)
+            self.ids, self.probs = likeliest(states, weight, objective.top_k)
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
         """(ids [N, k], probabilities [N, k]) of the backbone at flat positions [N]; None where one id has it
@@ -218,17 +202,3 @@ class _Answers:
         """
         rows = self.row[places]
         return self.ids[rows], None if self.probs is None else self.probs[rows]
-
-
-def _sequence_share(labels: Tensor, segments: Tensor) -> Tensor:
-    """[B * T] float32, by anchor: 256 over the answer tokens of its document.
-
-    The divisor stays N, which every rank and micro-batch knows; so the loss is sum over documents of 256 / N
-    times the document's mean, however documents are batched.
-    """
-    documents = segments + torch.arange(len(segments), device=segments.device)[:, None] * (
-        segments.shape[1] + 1
-    )
-    counts = torch.zeros((segments.shape[1] + 1) * len(segments), device=segments.device)
-    counts.scatter_add_(0, documents.flatten(), (labels != IGNORE).flatten().float())
-    return SEQUENCE_TOKENS / counts.clamp(min=1)[documents.flatten()]

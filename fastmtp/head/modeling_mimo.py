@@ -48,9 +48,7 @@ class MiMoConfig(Qwen2Config):
     mtp_beta: float = 0.6
     mtp_labels: str = "data"
     mtp_top_k: int = 64
-    mtp_temperature: float = 1.0
     mtp_prefix_floor: float = 1.0
-    mtp_mean: str = "token"
 
     @property
     def objective(self) -> Objective:

@@ -45,9 +45,8 @@ def greedy(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def likeliest(hidden: Tensor, weight: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The `top_k` likeliest ids of each row and their probabilities at `temperature`: [N, k] int64, [N, k]
-    float32.
+def likeliest(hidden: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` likeliest ids of each row and their probabilities: [N, k] int64, [N, k] float32.
 
     hidden: [N, H] backbone states after the final norm; weight: [V, H]; k = min(top_k, V).
     """
@@ -57,8 +56,7 @@ def likeliest(hidden: Tensor, weight: Tensor, top_k: int, temperature: float) ->
     for part in chunks(hidden, weight):
         logits = F.linear(hidden[part].to(weight.dtype), weight)
         values, ids[part] = logits.topk(k)
-        normaliser = (logits.float() / temperature).logsumexp(-1, keepdim=True)
-        probs[part] = (values.float() / temperature - normaliser).exp()
+        probs[part] = (values.float() - logits.float().logsumexp(-1, keepdim=True)).exp()
     return ids, probs
 
 

@@ -18,10 +18,10 @@ class ActiveHead:
     With the head split over GPUs each rank keeps its own part of every map; ranks then gather full logits as
     always.
     Parts differ in length: short ones are filled up with rows whose result goes to a column that is cut off.
-    Behind the map `context_rows` rows are kept for other ids: `extend`. In all they are a multiple of 64.
+    The rows are a multiple of 64, because products of odd sizes are slow.
     """
 
-    def __init__(self, head: Tensor, maps: dict[str, Tensor], start: int = 0, context_rows: int = 0):
+    def __init__(self, head: Tensor, maps: dict[str, Tensor], start: int = 0):
         self.head, self.start, width = head.detach(), start, head.shape[0]
         parts = {name: ids[(ids >= start) & (ids < start + width)] - start for name, ids in maps.items()}
         rows = max(1, *map(len, parts.values()))
@@ -29,10 +29,9 @@ class ActiveHead:
             name: torch.cat([part, part.new_full((rows - len(part),), width)]).to(head.device)
             for name, part in parts.items()
         }
-        self.rows, total = rows, -(-(rows + context_rows) // 64) * 64  # products of odd sizes are slow
-        self.spare = total > rows or any(
-            len(part) < rows for part in parts.values()
-        )  # is column `width` needed?
+        self.rows, total = rows, -(-rows // 64) * 64
+        # Is column `width` needed, where the results of filled-up rows go?
+        self.spare = total > rows or any(len(part) < rows for part in parts.values())
         self.columns = torch.full((total,), width, dtype=torch.int64, device=head.device)
         self.weight = torch.zeros(total, head.shape[1], dtype=head.dtype, device=head.device)
         self.active = ""
@@ -44,28 +43,14 @@ class ActiveHead:
             return False
         self.columns[: self.rows].copy_(self.columns_of[name])
         self.active = name
-        self._take(0, self.rows)
+        self.refresh()
         return True
 
     @torch.no_grad()
-    def extend(self, ids: Tensor) -> None:
-        """Let these token ids [<= context_rows], on the host and none of them in the active map, join it."""
-        width = self.head.shape[0]
-        local = ids[(ids >= self.start) & (ids < self.start + width)] - self.start
-        local = torch.cat([local, local.new_full((len(self.columns) - self.rows - len(local),), width)])
-        self.columns[self.rows :].copy_(
-            local, non_blocking=True
-        )  # staged at once: it is small and not pinned
-        self._take(self.rows, len(self.columns))
-
     def refresh(self) -> None:
-        """Take the active rows from the head again, after its weights changed."""
-        self._take(0, len(self.columns))
-
-    @torch.no_grad()
-    def _take(self, begin: int, end: int) -> None:
-        rows = self.columns[begin:end].clamp(max=self.head.shape[0] - 1)
-        torch.index_select(self.head, 0, rows, out=self.weight[begin:end])
+        """Take the active rows from the head, after a switch or a change of its weights."""
+        rows = self.columns[: self.rows].clamp(max=self.head.shape[0] - 1)
+        torch.index_select(self.head, 0, rows, out=self.weight[: self.rows])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] -> [N, n] of the head's dtype: logits of the active map's ids, the dtype's least

@@ -15,7 +15,6 @@ import os
 import time
 from collections import Counter
 
-import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.models.mimo_mtp import MiMoMTP as StockMiMoMTP
 from sglang.srt.runtime_context import get_parallel
@@ -59,16 +58,13 @@ class MiMoMTP(StockMiMoMTP):
             )
         self.vocab = DraftVocab.load(os.environ[VOCAB])
         first = self.lm_head.shard_indices.org_vocab_start_index
-        active = ActiveHead(head, self.vocab.maps, first, self.vocab.context_rows)
-        self.joined: tuple = ()  # whose prompts' ids are in the context rows
-        self.extras = torch.empty(0, dtype=torch.int64)
+        active = ActiveHead(head, self.vocab.maps, first)
         self.logits_processor.head = active
         self.record = Record(get_parallel().tp_rank == 0)
         active.activate(self.vocab.first())
         sizes = ", ".join(f"{name} {len(ids)}" for name, ids in self.vocab.maps.items())
         # Printed, for fastmtp.serve looks for this line, whatever the log level is.
-        more = f", context rows {self.vocab.context_rows}" if self.vocab.context_rows else ""
-        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}{more}; active {active.active}")
+        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}; active {active.active}")
         wrap_worker()
 
     def load_weights(self, weights):
@@ -78,7 +74,7 @@ class MiMoMTP(StockMiMoMTP):
 
     def follow(self, reqs) -> str:
         """Activate the map for these requests; its name."""
-        names, followers = set(), []
+        names = set()
         for req in reqs:
             follower = getattr(req, "fastmtp_follower", None)
             if follower is None:
@@ -86,16 +82,9 @@ class MiMoMTP(StockMiMoMTP):
                 asked = params.get(FIELD) if isinstance(params, dict) else None
                 follower = req.fastmtp_follower = self.vocab.follow(req.origin_input_ids, asked)
             names.add(follower.look(req.output_ids))
-            followers.append(follower)
         name = self.vocab.together(names)
         if self.logits_processor.head.activate(name):
             self.record.switched(name)
-        if self.vocab.context_rows and self.joined != (name, *followers):
-            self.joined = (name, *followers)
-            share = max(1, self.vocab.context_rows // len(followers))
-            ids = torch.cat([f.context(name)[:share] for f in followers]).unique()
-            self.extras = ids[: self.vocab.context_rows]
-            self.logits_processor.head.extend(self.extras)
         return name
 
 
@@ -162,7 +151,7 @@ def wrap_worker() -> None:
             if phase == "draft":
                 model.record.drew(name, len(reqs) * worker.speculative_num_steps)
             if checking:
-                allowed = name, {*model.vocab.maps[name].tolist(), *model.extras.tolist()}
+                allowed = name, set(model.vocab.maps[name].tolist())
                 check(reqs, allowed, result.draft_token if phase == "draft" else None)
             return result
 

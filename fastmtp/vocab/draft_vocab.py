@@ -37,14 +37,11 @@ logger = logging.getLogger(__name__)
 class DraftVocab:
     """maps: {name: [K] int64, sorted}, all of one size; `mixed` is among them. policy: auto, fixed:NAME or
     union.
-
-    context_rows: ids of the requests' prompts that may join the active map.
     """
 
     maps: dict[str, Tensor]
     policy: str
     scripts: ScriptTable
-    context_rows: int = 0
     warned: set = field(default_factory=set)
 
     def first(self) -> str:
@@ -75,32 +72,23 @@ class DraftVocab:
             "kind": torch.from_numpy(self.scripts.kind),
             "weight": torch.from_numpy(self.scripts.weight),
         }
+        files.claim(path)
         with files.atomic(path) as temporary:
-            torch.save(
-                {
-                    "maps": self.maps,
-                    "policy": self.policy,
-                    "scripts": scripts,
-                    "context_rows": self.context_rows,
-                },
-                temporary,
-            )
+            torch.save({"maps": self.maps, "policy": self.policy, "scripts": scripts}, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> DraftVocab:
         """What `save` wrote."""
         found = torch.load(path, map_location="cpu", weights_only=True)
         scripts = ScriptTable(found["scripts"]["kind"].numpy(), found["scripts"]["weight"].numpy())
-        return cls(found["maps"], found["policy"], scripts, found["context_rows"])
+        return cls(found["maps"], found["policy"], scripts)
 
 
 class Follower:
     """One request's map: `name` now, `look(output_ids)` as the answer grows."""
 
     def __init__(self, vocab: DraftVocab, prompt_ids: Sequence[int], asked: object):
-        self.vocab, self.looked, self.prompt_ids = vocab, 0, prompt_ids
-        self.contexts: dict[str, Tensor] = {}
-        self.whole: dict[str, Tensor] = {}
+        self.vocab, self.looked = vocab, 0
         self.fixed = vocab.policy != AUTO or asked is not None
         if vocab.policy != AUTO:
             self.name = vocab.first()
@@ -124,20 +112,6 @@ class Follower:
                 self.name = self.vocab.named(lang)
         return self.name
 
-    def context(self, name: str) -> Tensor:
-        """The prompt's ids that map `name` lacks (`context_ids`); kept, as a request is asked for them at
-        every cycle.
-        """
-        if name not in self.contexts:
-            self.contexts[name] = context_ids(self.prompt_ids, self.vocab.maps[name], self.vocab.context_rows)
-        return self.contexts[name]
-
-    def ids(self, name: str) -> Tensor:
-        """Map `name` with the prompt's ids behind it: [K] to [K + context_rows]; always the same tensor."""
-        if name not in self.whole:
-            self.whole[name] = torch.cat([self.vocab.maps[name], self.context(name)])
-        return self.whole[name]
-
 
 def names_by_anchor(vocab: DraftVocab, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> list[str]:
     """For answer tokens 0..n-2: the map that drafts what follows each, as a server with one stream would
@@ -145,17 +119,6 @@ def names_by_anchor(vocab: DraftVocab, prompt_ids: Sequence[int], output_ids: Se
     """
     follower = vocab.follow(prompt_ids)
     return [follower.look(output_ids[: i + 1]) for i in range(len(output_ids) - 1)]
-
-
-def context_ids(prompt_ids: Sequence[int], token_map: Tensor, most: int) -> Tensor:
-    """The prompt's ids that the sorted `token_map` lacks, from its end on, each once, at most `most`: [<=
-    most] int64.
-
-    Names and identifiers of a prompt recur in its answer, however rare they are elsewhere.
-    """
-    ids = torch.tensor(list(dict.fromkeys(reversed(prompt_ids))), dtype=torch.int64)
-    place = torch.searchsorted(token_map, ids).clamp(max=len(token_map) - 1)
-    return ids[token_map[place] != ids][:most]
 
 
 def mix(maps: Sequence[Tensor], size: int) -> Tensor:
@@ -190,7 +153,7 @@ def parse_maps(text: str) -> dict[str, str]:
     return found
 
 
-def read(text: str, policy: str, tokenizer, vocab_size: int, context_rows: int = 0) -> DraftVocab:
+def read(text: str, policy: str, tokenizer, vocab_size: int) -> DraftVocab:
     """The policy of `--token-maps` and `--vocab-policy` for a model's tokenizer and output rows.
 
     Raises InputError for a missing file, a map of another tokenizer, maps of unequal size, an unknown policy.
@@ -215,9 +178,7 @@ def read(text: str, policy: str, tokenizer, vocab_size: int, context_rows: int =
             raise InputError(
                 f"--vocab-policy {policy}: expected auto, union or fixed:NAME with NAME one of {', '.join(maps)}"
             )
-    if context_rows < 0:
-        raise InputError(f"--context-rows {context_rows}: must be 0 (none) or more")
-    return DraftVocab(maps, policy, build(tokenizer), context_rows)
+    return DraftVocab(maps, policy, build(tokenizer))
 
 
 def load_map(path: str | Path, tokenizer, vocab_size: int) -> Tensor:

@@ -13,20 +13,19 @@ from fastmtp.vocab.draft_vocab import DraftVocab
 from fastmtp.vocab.script_table import ScriptTable
 
 
-def vocab(maps: dict[str, list[int]], size: int, context_rows: int = 0) -> DraftVocab:
+def vocab(maps: dict[str, list[int]], size: int) -> DraftVocab:
     """Maps by name; no id tells a language, so that `auto` is always `mixed`."""
     scripts = ScriptTable(np.zeros(size, np.uint8), np.zeros(size, np.float32))
-    return DraftVocab({name: torch.tensor(ids) for name, ids in maps.items()}, "auto", scripts, context_rows)
+    return DraftVocab({name: torch.tensor(ids) for name, ids in maps.items()}, "auto", scripts)
 
 
 def test_by_hand():
-    maps = vocab({"en": [1, 2, 3], "mixed": [1, 9, 10]}, 20, context_rows=4)
+    maps = vocab({"en": [1, 2, 3], "mixed": [1, 9, 10]}, 20)
     sample = {"lang": "en", "prompt_ids": [8, 2], "output_ids": [7, 1, 2, 8, 3, 1]}
     found = vocab_bound.bound(maps, [sample], 2)
     passes = {name: part.verify_passes for (_, _, name), part in found.items()}
-    # full: 7 | 1 2 8 | 3 1; en: 7 | 1 2 8 | 3 1; mixed: 7 | 1 2 | 8 | 3 | 1; with the prompt's 8 and 2: 7 | 1
-    # 2 8 | 3 | 1
-    assert passes == {"full": 2, "en": 2, "mixed": 4, "union": 2, "auto": 4, "auto+context": 3}
+    # full: 7 | 1 2 8 | 3 1; en: 7 | 1 2 8 | 3 1; mixed: 7 | 1 2 | 8 | 3 | 1
+    assert passes == {"full": 2, "en": 2, "mixed": 4, "union": 2, "auto": 4}
 
 
 def test_no_head_passes_it(useful):

@@ -160,14 +160,14 @@ def test_switches_are_read_from_the_log(tmp_path):
 def test_a_measured_folder_needs_no_gpu_to_be_reported_again(tmp_path, capsys):
     arms = ["full", "stock 64", "auto 64", "stock 100"]
     names = {name: [vocab_cost.record(name, [turn(11, 5, 2.0)])] for name in arms}
-    kernels = [{"rows": 64, "switch_us": 1.0, "head_us": 2.0, "context_us": 2.5, "static_us": 3.0}]
+    kernels = [{"rows": 64, "switch_us": 1.0, "head_us": 2.0, "static_us": 3.0}]
     argv = ["--shape", "tiny", "--sizes", "64", "--unions", "100", "--out", str(tmp_path)]
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no GPU here"):
             vocab_cost.main(argv)
     (tmp_path / "measured.json").write_text(json.dumps({"gpu": "H", "kernels": kernels, "arms": names}))
     vocab_cost.main(argv)
-    assert "| 64 | 1.0 | 2.0 | 2.5 | 3.0 |" in capsys.readouterr().out and (tmp_path / "cost.md").exists()
+    assert "| 64 | 1.0 | 2.0 | 3.0 |" in capsys.readouterr().out and (tmp_path / "cost.md").exists()
 
 
 def test_a_dead_arm_does_not_take_the_others_with_it(tmp_path, monkeypatch):

@@ -114,6 +114,7 @@ MEASURING = "--model model --data samples.jsonl --out out.json"
         ("train", "recipe.yaml --mtp_num_steps 0", ["mtp_num_steps", "0"]),
         ("train", "recipe.yaml --mtp_beta 0", ["mtp_beta"]),
         ("train", "recipe.yaml --mtp_attention causal", ["mtp_attention", "causal"]),
+        ("train", "recipe.yaml --mtp_mean sequence", ["mtp_mean", "unknown"]),
         ("train", "recipe.yaml --model headless", ["headless"]),
         ("train", "recipe.yaml --model none", ["none"]),
         ("train", "recipe.yaml --dataset none.jsonl", ["none.jsonl"]),

@@ -140,9 +140,7 @@ def test_exact_is_the_engines_draft_loop(ids, num_steps, dtype):
     for anchor, steps in enumerate(reference):
         for k, wanted in enumerate(steps):
             found = net.lm_head(states[k][0, anchor]).double()
-            torch.testing.assert_close(
-                found, wanted, rtol=1e-5, atol=1e-5, msg=lambda m: f"p={anchor} k={k + 1}: {m}"
-            )  # noqa: B023
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=f"p={anchor} k={k + 1}")
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 5])

@@ -10,7 +10,6 @@ from helpers.tiny import tiny_model
 from fastmtp.head import teacher
 from fastmtp.head.losses import (
     IGNORE,
-    SEQUENCE_TOKENS,
     Objective,
     cross_entropy,
     mtp_loss,
@@ -23,9 +22,7 @@ VOCAB, WIDTH, ROWS = 61, 16, 23
 
 
 def objective(**changes) -> Objective:
-    return Objective(
-        **dict(beta=0.6, labels="data", top_k=5, temperature=1.0, prefix_floor=1.0, mean="token") | changes
-    )
+    return Objective(**dict(beta=0.6, labels="data", top_k=5, prefix_floor=1.0) | changes)
 
 
 @pytest.fixture(params=["whole", "chunks", "single rows"])
@@ -62,7 +59,7 @@ def written_out(hidden, weight, ids, probs, lk):
 @pytest.mark.parametrize("lk", [False, True])
 def test_soft_cross_entropy_is_the_definition(chunking, lk, dtype):
     weight, hidden, backbone = inputs(dtype)
-    ids, probs = likeliest(backbone, weight, 7, 1.0)
+    ids, probs = likeliest(backbone, weight, 7)
     upstream = torch.rand(ROWS, generator=torch.Generator().manual_seed(1)) + 0.5
     ours, full = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     found, drafts = soft_cross_entropy(ours, weight, ids, probs, lk)
@@ -89,7 +86,7 @@ def test_one_hot_kl_is_cross_entropy(chunking):
 
 def test_kl_is_zero_and_flat_where_the_draft_is_the_backbone():
     weight, _, backbone = inputs()
-    ids, probs = likeliest(backbone, weight, 7, 1.0)
+    ids, probs = likeliest(backbone, weight, 7)
     for lk in (False, True):
         same = backbone.clone().requires_grad_()
         losses, _ = soft_cross_entropy(same, weight, ids, probs, lk)
@@ -121,12 +118,11 @@ def test_the_backbones_likeliest_tokens(chunking):
     weight, _, backbone = inputs()
     logits = backbone @ weight.T
     assert torch.equal(greedy(backbone, weight), logits.argmax(-1))
-    for temperature in (1.0, 0.6):
-        ids, probs = likeliest(backbone, weight, 4, temperature)
-        wanted = (logits / temperature).softmax(-1).topk(4)
-        assert torch.equal(ids, wanted.indices)
-        torch.testing.assert_close(probs, wanted.values)
-    assert likeliest(backbone, weight, 100, 1.0)[1].sum(1) == pytest.approx(torch.ones(ROWS), abs=1e-5)
+    ids, probs = likeliest(backbone, weight, 4)
+    likely = logits.softmax(-1).topk(4)
+    assert torch.equal(ids, likely.indices)
+    torch.testing.assert_close(probs, likely.values)
+    assert likeliest(backbone, weight, 100)[1].sum(1) == pytest.approx(torch.ones(ROWS), abs=1e-5)
 
 
 def chats():
@@ -160,15 +156,13 @@ def loop(states, hidden, weight, labels, segments, o: Objective) -> torch.Tensor
                 backbone = hidden[b, p + k] @ weight.T
                 logits = states[k - 1][b, p] @ weight.T
                 if o.labels in ("kl", "lk"):
-                    probs, ids = (backbone / o.temperature).softmax(-1).topk(o.top_k)
+                    probs, ids = backbone.softmax(-1).topk(o.top_k)
                     loss = written_out(
                         states[k - 1][b, p][None], weight, ids[None], probs[None], o.labels == "lk"
                     )[0]
                 else:
                     loss = F.cross_entropy(logits, text if o.labels == "data" else backbone.argmax())
                 share = 1.0 if reached else o.prefix_floor
-                if o.mean == "sequence":
-                    share *= SEQUENCE_TOKENS / (labels[b][segments[b] == segments[b, p]] != IGNORE).sum()
                 total = total + alpha * share * loss / items
                 reached = reached and bool(logits.argmax() == text)
     return total
@@ -180,12 +174,11 @@ def loop(states, hidden, weight, labels, segments, o: Objective) -> torch.Tensor
         dict(),
         dict(labels="argmax"),
         dict(labels="kl"),
-        dict(labels="kl", temperature=0.6, top_k=97),
+        dict(labels="kl", top_k=97),
         dict(labels="lk"),
         dict(prefix_floor=0.1),
         dict(labels="argmax", prefix_floor=0.0),
-        dict(labels="kl", prefix_floor=0.25, mean="sequence", beta=1.0),
-        dict(mean="sequence"),
+        dict(labels="kl", prefix_floor=0.25, beta=1.0),
     ],
     ids=str,
 )
@@ -262,7 +255,7 @@ def test_no_product_holds_more_than_a_chunk(monkeypatch):
         return out
 
     monkeypatch.setattr(teacher.F, "linear", watched)
-    soft_cross_entropy(hidden.requires_grad_(), weight, *likeliest(backbone, weight, 5, 1.0))
+    soft_cross_entropy(hidden.requires_grad_(), weight, *likeliest(backbone, weight, 5))
     assert largest == 8
 
 
@@ -284,9 +277,7 @@ def test_no_rows_and_a_trained_matrix():
         ("beta", "x"),
         ("labels", "soft"),
         ("top_k", 0),
-        ("temperature", 0),
         ("prefix_floor", 1.5),
-        ("mean", "row"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(name, value):

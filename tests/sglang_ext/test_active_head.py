@@ -10,11 +10,6 @@ import torch.multiprocessing as mp
 from fastmtp.sglang_ext.active_head import ActiveHead
 
 V, H, K = 96, 16, 24
-EXTRA = {
-    "low": torch.tensor([40, 41, 90]),
-    "en": torch.tensor([], dtype=torch.int64),
-    "zh": torch.tensor([], dtype=torch.int64),
-}
 
 
 def head_and_maps(dtype=torch.float32, size=K):
@@ -55,35 +50,15 @@ def test_buffers_never_move():
     torch.testing.assert_close(active.logits(hidden)[:, maps["en"]], 2 * before[:, maps["en"]])
 
 
-def test_more_ids_join_the_map_and_leave_it_again():
-    head, maps, hidden = head_and_maps()
-    active = ActiveHead(head, maps, context_rows=5)
-    places = active.weight.data_ptr(), active.columns.data_ptr()
-    active.activate("low")
-    alone = active.logits(hidden)
-    active.extend(torch.tensor([90, 70]))
-    more = active.logits(hidden)
-    full = hidden @ head.T
-    torch.testing.assert_close(more[:, [70, 90]], full[:, [70, 90]])
-    others = [i for i in range(V) if i not in (70, 90)]
-    torch.testing.assert_close(more[:, others], alone[:, others])
-    active.extend(torch.tensor([], dtype=torch.int64))
-    torch.testing.assert_close(active.logits(hidden), alone)
-    active.extend(torch.arange(50, 55))
-    assert (active.logits(hidden) > -1e30).sum() == 7 * (K + 5)
-    assert (active.weight.data_ptr(), active.columns.data_ptr()) == places
-
-
 def _rank(rank: int, port: int, out) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     head, maps, hidden = head_and_maps()
     half = V // 2
-    active = ActiveHead(head[rank * half : (rank + 1) * half].clone(), maps, rank * half, 3)
+    active = ActiveHead(head[rank * half : (rank + 1) * half].clone(), maps, rank * half)
     found = {}
     for name in ("en", "low", "zh"):
         active.activate(name)
-        active.extend(EXTRA[name])
         mine = active.logits(hidden)
         parts = [torch.empty_like(mine) for _ in range(2)]
         dist.all_gather(parts, mine)  # what the engine does with a split head
@@ -97,12 +72,11 @@ def test_two_ranks_draft_what_one_does(tmp_path):
     head, maps, hidden = head_and_maps()
     mp.spawn(_rank, (29700 + os.getpid() % 200, tmp_path / "found.pt"), nprocs=2)
     found = torch.load(tmp_path / "found.pt")
-    whole = ActiveHead(head, maps, context_rows=3)
+    whole = ActiveHead(head, maps)
     for name in ("en", "low", "zh"):
         whole.activate(name)
-        whole.extend(EXTRA[name])
         torch.testing.assert_close(found[name], whole.logits(hidden))
-        assert torch.isin(found[name].argmax(-1), torch.cat([maps[name], EXTRA[name]])).all()
+        assert torch.isin(found[name].argmax(-1), maps[name]).all()
 
 
 def test_a_rank_without_any_row_of_the_map_says_nothing():

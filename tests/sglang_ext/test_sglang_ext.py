@@ -97,15 +97,13 @@ def package(monkeypatch, tmp_path):
     checked.
     """
 
-    def make(context_rows=0, **kwargs):
+    def make(**kwargs):
         for name, module in engine(**kwargs).items():
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.delitem(sys.modules, "fastmtp.sglang_ext.mimo_mtp", raising=False)
         kind = np.array([LANGUAGES.index("en")] * 20 + [LANGUAGES.index("zh")] * 20, np.uint8)
         maps = {"en": torch.arange(0, 10), "zh": torch.arange(20, 30), "mixed": torch.arange(15, 25)}
-        DraftVocab(maps, "auto", ScriptTable(kind, np.ones(V, np.float32)), context_rows).save(
-            tmp_path / "v.pt"
-        )
+        DraftVocab(maps, "auto", ScriptTable(kind, np.ones(V, np.float32))).save(tmp_path / "v.pt")
         monkeypatch.setenv("FASTMTP_DRAFT_VOCAB", str(tmp_path / "v.pt"))
         monkeypatch.setenv("FASTMTP_CHECK_DRAFTS", "1")
         monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
@@ -173,28 +171,6 @@ def test_what_a_request_asks_for(package, custom, name):
     worker._draft_extend_for_prefill(batch(req))
     worker.draft(batch(req))
     assert worker.seen == [name]
-
-
-def test_the_prompts_ids_join_the_map(package):
-    _, model, worker = package(context_rows=4)
-    head = model.logits_processor.head
-    english, chinese = request([1, 2, 3, 12, 13]), request([31, 32, 33, 5])
-    worker._draft_extend_for_prefill(batch(english))
-    assert (
-        head.active == "en"
-        and model.extras.tolist() == [12, 13]
-        and head.columns[10:].tolist() == [12, 13] + [V] * 52
-    )
-    worker.draft(batch(english))
-    worker._draft_extend_for_prefill(batch(chinese))
-    assert head.active == "zh" and model.extras.tolist() == [5, 31, 32, 33]
-    worker.draft(batch(english, chinese))  # two of each, the last in the prompts
-    assert head.active == "mixed" and model.extras.tolist() == [5, 12, 13, 33]
-    hidden = torch.randn(1, H)
-    logits = model.logits_processor._compute_lm_head(hidden, model.lm_head)
-    assert sorted((logits[0] > -1e30).nonzero().flatten().tolist()) == [5, 12, 13, *range(15, 25), 33]
-    worker.draft(batch(chinese))
-    assert head.active == "zh" and model.extras.tolist() == [5, 31, 32, 33]
 
 
 def test_a_draft_outside_its_map_stops_a_checked_server(package):

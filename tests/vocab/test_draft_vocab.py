@@ -13,7 +13,7 @@ from fastmtp.acceptance import measure_at, pooled
 from fastmtp.cli import InputError
 from fastmtp.decoding import generate
 from fastmtp.tokenizer import fingerprint
-from fastmtp.vocab.draft_vocab import LOOK_EVERY, DraftVocab, context_ids, mix, names_by_anchor, read
+from fastmtp.vocab.draft_vocab import LOOK_EVERY, DraftVocab, mix, names_by_anchor, read
 from fastmtp.vocab.lang import LANGUAGES, detect
 from fastmtp.vocab.script_table import SPECIAL, ScriptTable, build
 
@@ -150,10 +150,8 @@ def test_maps_from_files(tmp_path, tokenizer):
     both = read(f"en={en},zh={zh}", "union", tokenizer, size)
     assert both.maps["union"].tolist() == list(range(30)) and both.first() == "union"
     assert both.follow([1], "zh").name == "union"
-    own = read(f"en={en},zh={zh},mixed={en}", "fixed:en", tokenizer, size, 7)
+    own = read(f"en={en},zh={zh},mixed={en}", "fixed:en", tokenizer, size)
     assert own.maps["mixed"].tolist() == list(range(20)) and own.first() == "en"
-    own.save(tmp_path / "v.pt")
-    assert DraftVocab.load(tmp_path / "v.pt").context_rows == 7
     found.save(tmp_path / "v.pt")
     again = DraftVocab.load(tmp_path / "v.pt")
     assert again.policy == "auto" and all(torch.equal(again.maps[n], ids) for n, ids in found.maps.items())
@@ -238,25 +236,3 @@ def test_the_commands_take_maps(tmp_path, base_folder, capsys):
         decoding.main(
             [*argv, "--token-map", en, "--prompts", str(prompts), "--out", str(tmp_path / "o2.jsonl")]
         )
-
-
-def test_context_ids_are_the_last_ones_that_the_map_lacks():
-    assert context_ids([5, 1, 9, 5, 8, 9, 2], torch.tensor([1, 2]), 2).tolist() == [9, 8]
-    assert context_ids([5, 1, 9, 5, 8, 9, 2], torch.tensor([1, 2]), 9).tolist() == [9, 8, 5]
-    assert context_ids([2, 1], torch.tensor([1, 2]), 9).tolist() == []
-
-
-def test_with_context_a_map_is_as_good_as_one_that_holds_the_prompt(useful, two_languages):
-    vocab = DraftVocab(two_languages.maps, "fixed:zh", two_languages.scripts)
-    samples = [dict(prompt_ids=p, output_ids=a) for p, a in zip(useful.prompts, useful.answers, strict=True)]
-    for sample in samples:
-        whole = torch.cat([vocab.maps["zh"], torch.tensor(sample["prompt_ids"])]).unique()
-        with_rows = measure_at(useful.model, [sample], [3], vocab=vocab, context_rows=32)[3]
-        by_hand = measure_at(useful.model, [sample], [3], {"whole": whole})[3]
-        assert pooled(with_rows, "auto+context").histogram == pooled(by_hand, "whole").histogram
-        vocab.context_rows = 32
-        decoded = generate(useful.model, sample["prompt_ids"], 40, 3, token_map=vocab)
-        assert decoded.ids == sample["output_ids"]
-        assert decoded.histogram == pooled(with_rows, "auto+context").histogram
-    everything = measure_at(useful.model, samples, [3], vocab=vocab, context_rows=32)[3]
-    assert pooled(everything, "auto+context").accept_length > pooled(everything, "auto").accept_length
