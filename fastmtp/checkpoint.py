@@ -38,6 +38,8 @@ CODE = sorted(
     p for p in Path(__file__).with_name("head").glob("*.py") if p.name != "__init__.py"
 )  # travel with a checkpoint
 INDEX = "model.safetensors.index.json"
+CONTRACT_KEY = "fastmtp"  # in config.json of folders whose head is ours: what the head was trained on
+CONTRACT = {"mtp_hidden": "post_norm"}  # the backbone's state after its final norm; vLLM's own MiMo differs
 SKIP = {"config.json", INDEX, "run.json", *(path.name for path in CODE)}
 
 
@@ -73,6 +75,12 @@ def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
             f"{folder}: not a checkpoint of an MTP head: {what}; give the folder that training wrote"
         )
     return head
+
+
+def is_post_norm(config: dict) -> bool:
+    """Whether a folder's config.json says that its head expects the state after the final norm."""
+    contract = config.get(CONTRACT_KEY)
+    return isinstance(contract, dict) and contract.get("mtp_hidden") == "post_norm"
 
 
 def finish_folder(folder: Path, config: dict) -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from fastmtp import files
 from fastmtp.checkpoint import (
     BACKBONE_FILE,
+    CONTRACT,
+    CONTRACT_KEY,
     HEAD_FILE,
     INDEX,
     PREFIX,
@@ -69,7 +71,7 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
         for path in base.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and path.name not in SKIP:
                 shutil.copyfile(path, folder / path.name)
-        finish_folder(folder, files.read_json(base / "config.json"))
+        finish_folder(folder, files.read_json(base / "config.json") | {CONTRACT_KEY: CONTRACT})
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(head_folder(head))
         )

@@ -24,7 +24,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastmtp import files
-from fastmtp.checkpoint import INDEX, SKIP, finish_folder, link, read_head
+from fastmtp.checkpoint import CONTRACT, CONTRACT_KEY, INDEX, SKIP, finish_folder, link, read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 
@@ -158,7 +158,7 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
     with files.atomic(out) as folder:
         result.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        finish_folder(folder, files.read_json(folder / "config.json"))
+        finish_folder(folder, files.read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT})
         files.write_provenance(folder, {"model": source.name, "dtype": dtype, "head": head}, [source])
 
 
