@@ -21,6 +21,7 @@ import aiohttp
 
 from fastmtp.cli import InputError
 from fastmtp.data.mixture import Sampling
+from fastmtp.engines import client
 
 ATTEMPTS = 6
 BACKOFF = 0.5  # seconds before the second attempt; doubles, and jitter takes up to half away
@@ -74,10 +75,7 @@ class Servers:
     async def __aenter__(self) -> Servers:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a socket a request
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
-        # Servers close idle connections after 5 s (uvicorn's default); the older one of us must not be the
-        # client.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
-        self.session = aiohttp.ClientSession(timeout=self.timeout, connector=connector, read_bufsize=1 << 20)
+        self.session = client.session(self.timeout.total)
         try:
             for url in self.urls:
                 self.models[url] = await self._model(url)
