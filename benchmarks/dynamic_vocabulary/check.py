@@ -21,18 +21,16 @@ from tqdm import tqdm
 from evaluation import harness, metrics
 from evaluation.backends import BackendError, Server, Turn
 from evaluation.lossless import first_difference
-from evaluation.run import FLOAT32_ENVIRONMENT, FLOAT32_FLAGS
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.decoding import read_prompts
 from fastmtp.engines import process, sglang
-from fastmtp.engines.sglang import split_flags
-from fastmtp.files import write_json, write_jsonl, write_provenance
+from fastmtp.engines.sglang_flags import FLOAT32, FLOAT32_ENVIRONMENT, MEASURED, merged, split_flags, streams
+from fastmtp.files import claim, write_json, write_jsonl, write_provenance
 from fastmtp.vocab import draft_vocab
 
-FLAGS = ["--dtype", "float32", *FLOAT32_FLAGS, "--mem-fraction-static", "0.8", "--max-total-tokens", "32768"]
-FLAGS += ["--max-running-requests", "8", "--cuda-graph-max-bs-decode", "8", "--disable-prefill-cuda-graph"]
-FLAGS += ["--skip-server-warmup", "--grammar-backend", "none"]
+FLAGS = ["--dtype", "float32", *FLOAT32, "--mem-fraction-static", "0.8", "--max-total-tokens", "32768"]
+FLAGS += [*streams(8), *MEASURED]
 UNKNOWN = "klingon"
 
 
@@ -151,13 +149,14 @@ def main(argv: list[str] | None = None) -> None:
         )
     sglang.sglang_version()
     out = Path(args.out)
+    claim(out, folder=True)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = harness.load_tokenizer(args.model)
     rows = [read_prompts(path, limit=args.limit) for path in args.prompts]
     prompts = [prompt_ids(tokenizer, row["messages"]) for turn in zip(*rows, strict=False) for row in turn]
     env = sglang.vocab_environment(args.token_maps, "auto", args.model, out / "vocab.pt")
     env |= {"FASTMTP_CHECK_DRAFTS": "1"}
-    flags = sglang.without(FLAGS, flags) + flags
+    flags = merged(FLAGS, flags)
     servers = {
         name: process.Server(
             sglang.command(args.model, steps, None, args.tp, args.port + i, flags),

@@ -29,8 +29,8 @@ from evaluation import harness
 from evaluation.backends import BackendError, Server, Turn
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
-from fastmtp.engines.sglang import split_flags
-from fastmtp.files import atomic, read_json, write_json, write_provenance
+from fastmtp.engines.sglang_flags import DUMMY, MEASURED, merged, split_flags, streams
+from fastmtp.files import atomic, claim, read_json, write_json, write_provenance
 from fastmtp.sglang_ext.active_head import ActiveHead
 from fastmtp.vocab.draft_vocab import AUTO, MIXED, UNION, DraftVocab
 from fastmtp.vocab.lang import LANGUAGES
@@ -38,16 +38,7 @@ from fastmtp.vocab.script_table import ScriptTable
 from fastmtp.vocab.token_map import parse_size, size_name
 
 LANGS = ("en", "zh")
-FLAGS = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--random-seed", "0"]
-FLAGS += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
-FLAGS += ["--chunked-prefill-size", "2048", "--max-running-requests", "1", "--cuda-graph-max-bs-decode", "1"]
-FLAGS += [
-    "--disable-prefill-cuda-graph",
-    "--skip-server-warmup",
-    "--grammar-backend",
-    "none",
-    "--sleep-on-idle",
-]
+FLAGS = [*DUMMY, *MEASURED, *streams(1)]
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ def start(
         env = sglang.extension(path)
     env |= {"SGLANG_SIMULATE_ACC_LEN": f"{tau:.4f}", "SGLANG_SIMULATE_ACC_METHOD": "match-expected"}
     env |= {"SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
-    flags = sglang.without(FLAGS, flags) + flags
+    flags = merged(FLAGS, flags)
     line = sglang.command(str(folder), steps, token_map and str(token_map), 1, port, flags)
     return process.Server(line, port, folder.parent / "logs" / f"{arm.name.replace(' ', '_')}.log", env=env)
 
@@ -354,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     files = dict(part.partition("=")[::2] for part in args.taus.split(",")) if args.taus else {}
     taus = {parse_size(text): read_taus(path) for text, path in files.items()}
     out = Path(args.out)
+    claim(out, folder=True)
     shapes.write_folder(shape, out / "model")
     arms = [Arm("full", shape["vocab_size"])]
     arms += [Arm(kind, rows) for rows in sizes for kind in ("stock", "auto")] + [

@@ -16,6 +16,7 @@ import torch
 from benchmarks import shapes
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
+from fastmtp.engines.sglang_flags import DUMMY, MEASURED, canonical, merged, streams, without
 from fastmtp.files import atomic
 from fastmtp.vocab.token_map import parse_size
 
@@ -35,7 +36,7 @@ class Variant:
     def plain_flags(self) -> list[str]:
         """Those that make sense without drafts."""
         drafting = [flag for flag in self.flags if flag.startswith("--speculative-")]
-        return sglang.without(list(self.flags), drafting)
+        return without(self.flags, drafting)
 
 
 def parse_variants(items: list[str]) -> list[Variant]:
@@ -61,7 +62,7 @@ def parse_variants(items: list[str]) -> list[Variant]:
             Variant(
                 name,
                 base or "",
-                tuple(sglang.renamed(words[first:])),
+                tuple(canonical(words[first:])),
                 {key: value for key, _, value in pairs},
             )
         )
@@ -142,30 +143,7 @@ def points(
 
 
 def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str]:
-    """SGLang's command line for one point; the map's file is made beside the model folder.
-
-    SGLang takes all memory that is free when it looks, minus a share of what was free when it started; so
-    beside others that start too, the key-value pool needs a fixed size, and the share must not bind.
-    """
-    defaults = [
-        "--load-format",
-        "dummy",
-        "--skip-tokenizer-init",
-        "--dtype",
-        "bfloat16",
-        "--random-seed",
-        "0",
-    ]
-    defaults += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
-    defaults += ["--chunked-prefill-size", "2048", "--sleep-on-idle"]
-    defaults += [
-        "--max-running-requests",
-        "1",
-        "--cuda-graph-max-bs-decode",
-        "1",
-        "--disable-prefill-cuda-graph",
-    ]
-    defaults += ["--skip-server-warmup", "--grammar-backend", "none"]
+    """SGLang's command line for one point; the map's file is made beside the model folder."""
     token_map = None
     if point.map_name and not point.extended:
         # Which rows does not matter to speed; how many does.
@@ -173,9 +151,8 @@ def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str
         with atomic(token_map) as temporary:
             torch.save(torch.arange(point.head_rows, dtype=torch.int64), temporary)
     own = list(point.variant.flags) if point.num_steps else point.variant.plain_flags()
-    given = sglang.without(own, flags) + flags
-    given = sglang.without(defaults, given) + given
-    return sglang.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, given)
+    flags = merged([*DUMMY, *MEASURED, *streams(1)], merged(own, flags))
+    return sglang.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, flags)
 
 
 def vocabulary(point: Point, folder: Path) -> dict[str, str]:

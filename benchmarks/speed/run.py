@@ -34,8 +34,8 @@ from evaluation.backends import BackendError, Server, Turn
 from evaluation.run import draw_charts
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
-from fastmtp.engines.sglang import split_flags
-from fastmtp.files import atomic, read_jsonl, write_json, write_provenance
+from fastmtp.engines.sglang_flags import split_flags
+from fastmtp.files import atomic, claim, read_jsonl, write_json, write_provenance
 
 PROFILED_CYCLES = 40
 PROFILED_TOKENS = 512  # of the traced answer: more than 0.3 s and the traced cycles take at any K
@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise InputError("no GPU here; the speed model measures SGLang on one")
     out = Path(args.out)
+    claim(out, folder=True)
     shapes.write_folder(shape, out / "model")
     facts = {"gpu": harness.gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
     facts["assumed"] = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastmtp.cli import InputError
+from fastmtp.engines.address import ANY, HOST, base_url, check_port
 
-HOST = "127.0.0.1"
 LOG_LINES = 25
 
 
@@ -26,7 +27,8 @@ class ServerError(Exception):
 class Server:
     """`with Server(command, port) as server:`: a running server; its whole process group ends with the block.
 
-    Raises ServerError when it dies or does not answer within `wait` seconds. `log` keeps its output.
+    Raises ServerError when it dies or does not answer within `wait` seconds. `log` keeps its output, for this
+    user's eyes only and with `secret` blacked out.
     """
 
     def __init__(
@@ -37,12 +39,15 @@ class Server:
         wait: float = 900.0,
         env: dict[str, str] | None = None,
         stop_patience: float = 15.0,
+        host: str = HOST,
+        secret: str | None = None,
     ):
+        check_port(port)
         self.argv, self.port, self.log, self.wait = argv, port, Path(log), wait
-        self.stop_patience = stop_patience
+        self.stop_patience, self.host, self.secret = stop_patience, ANY.get(host, host), secret
         self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self.process: subprocess.Popen | None = None
-        self.url = f"http://{HOST}:{port}"
+        self.url = base_url(self.host, port)
 
     def __enter__(self) -> Server:
         try:
@@ -57,21 +62,31 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Start and do not wait. Raises InputError where the port is taken."""
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, self.port)) == 0:
-                raise InputError(
-                    f"port {self.port} is taken; stop what listens there or choose another --port"
-                )
+        """Start and do not wait. Raises InputError if the port is taken."""
+        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), timeout=5):
+            raise InputError(f"port {self.port} is taken; stop what listens there or choose another --port")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # A command that is asked to end unwinds as if by Ctrl-C, and so ends its servers.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with open(self.log, "wb") as out:
+        with open(self.log, "wb", opener=_private) as out:
             # A session of its own: Ctrl-C reaches us alone, and we end all of the server's processes in
             # order.
             self.process = subprocess.Popen(
-                self.argv, stdout=out, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if self.secret else out,
+                stderr=subprocess.STDOUT,
+                env=self.env,
+                start_new_session=True,
             )
+        if self.secret:
+            threading.Thread(target=self._copy_log, daemon=True).start()
+
+    def _copy_log(self) -> None:
+        """Write the server's lines to the log without the secret; engines print their arguments."""
+        with open(self.log, "ab", buffering=0) as out:
+            for line in self.process.stdout:
+                out.write(line.replace(self.secret.encode(), b"***"))
 
     def wait_until_ready(self) -> None:
         """Return when the server answers. Raises ServerError when it dies or does not answer within `wait`
@@ -98,8 +113,9 @@ class Server:
         """End the whole group, politely and then not: a worker left over would hold the GPU's memory."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
             self.send(sign)
-            if self.process is None or self._group_ends():
-                return
+            with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: no more patience
+                if self.process is None or self._group_ends():
+                    return
 
     def send(self, sign: int) -> None:
         """A signal to all of the server's processes that are still there."""
@@ -145,6 +161,13 @@ def _outcome(server: Server) -> ServerError | None:
     except ServerError as error:
         return error
     return None
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a file that other users cannot read."""
+    handle = os.open(path, flags, 0o600)
+    os.fchmod(handle, 0o600)  # one that was there before keeps its mode otherwise
+    return handle
 
 
 def answers(url: str) -> bool:

@@ -1,20 +1,26 @@
-"""SGLang: its command line for our folders, and what of it must be checked before minutes are spent.
+"""SGLang: its command line for our folders, and what must be checked before minutes are spent on a start.
 
-Built for 0.5.17 or later.
+Built for 0.5.17 or later. Every command that starts SGLang gets its command line from `command`, which calls
+`check`: what cannot work is refused, whether it is said with our options or with SGLang's flags after `--`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from fastmtp.cli import InputError, split_at_dashes
-from fastmtp.engines.process import HOST
-from fastmtp.files import existing, python_path
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from fastmtp.cli import InputError
+from fastmtp.engines.address import HOST, check_host, check_port
+from fastmtp.engines.sglang_flags import ALIASES, canonical, merged, values
+from fastmtp.engines.sglang_flags import split_flags as split_flags
+from fastmtp.engines.sglang_flags import without as without
+from fastmtp.files import existing, python_path, read_json
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab import draft_vocab
 
@@ -22,9 +28,37 @@ OLDEST = (0, 5, 17)
 EXTERNAL_PACKAGE = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # SGLang takes models of this package before its own
 VOCAB_READY = "draft vocabulary: ready"  # what fastmtp.sglang_ext logs once it is in use
 
+# Flags that our own options decide: after `--` they may repeat what those say and nothing else.
+OURS = {
+    "--model-path": "--model",
+    "--host": "--host (serve), or leave it out: this command asks its own server",
+    "--port": "--port",
+    "--speculative-token-map": "--token-map",
+    "--speculative-num-steps": "the number of steps (--num-steps, or K of an arm)",
+}
+# Of speculative decoding: what a chain of K drafts that keeps the text needs. Lower thresholds accept drafts
+# that the model would not say.
+CHAIN = {
+    "--speculative-algorithm": ("EAGLE", "NEXTN"),
+    "--speculative-eagle-topk": ("1",),
+    "--speculative-accept-threshold-single": ("1", "1.0"),
+    "--speculative-accept-threshold-acc": ("1", "1.0"),
+}
+REFUSED = {
+    "--config": "its file could say anything; write its flags out",
+    "--api-key": "it would be printed; give --api-key of fastmtp.serve before --, or FASTMTP_API_KEY",
+    "--admin-api-key": "it would be printed; start SGLang yourself for a server with an admin's key",
+    "--speculative-draft-model-path": "the head in the model folder is the draft; leave it out",
+    "--speculative-adaptive": "it changes the number of steps while running; leave it out",
+    "--speculative-adaptive-config": "it changes the number of steps while running; leave it out",
+}
+PLAIN = ("--speculative-algorithm", "--speculative-eagle-topk", "--speculative-num-draft-tokens")
+GUARDED = (*OURS, *CHAIN, *REFUSED, "--tp-size", "--dp-size", "--enable-dp-attention", "--trust-remote-code")
+GUARDED += ("--speculative-num-draft-tokens",)
+
 
 def sglang_version() -> str:
-    """Version of the installed SGLang. Raises InputError where there is none, or one too old."""
+    """Version of the installed SGLang. Raises InputError if there is none, or one too old."""
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
@@ -38,7 +72,7 @@ def sglang_version() -> str:
 
 
 def attention_backend() -> str:
-    """fa3 where its kernels are installed and the GPU is Hopper, which alone runs them; else triton.
+    """fa3 if its kernels are installed and the GPU is Hopper, which alone runs them; else triton.
 
     SGLang's own default on Hopper is fa3 whether or not its kernels are there, and then fails at start.
     """
@@ -52,28 +86,109 @@ def compute_capability() -> str:
     """Of the first GPU, as `9.0`; empty without one. Asked without making a context on it."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=True)
+        answer = subprocess.run(query, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.split("\n")[0].strip()
+    return answer.stdout.split("\n")[0].strip()
 
 
-def check_model(folder: str, num_steps: int) -> dict:
+def check_model(folder: str, num_steps: int, flags: Sequence[str] = ()) -> dict:
     """The folder's config. Raises InputError for what SGLang would only reveal minutes later, or never."""
     path = existing(existing(folder, "model folder") / "config.json", "model config")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); export the model again") from None
-    if num_steps and "MiMoForCausalLM" not in config.get("architectures", []):
+    config = read_json(path)
+    if num_steps and "MiMoForCausalLM" not in (config.get("architectures") or []):
         raise InputError(
             f"{path}: architectures is {config.get('architectures')}; export with fastmtp.export, or --no-spec"
         )
     if num_steps and config.get("num_nextn_predict_layers") != 1:
         # SGLang would allocate the draft's KV cache for every layer of the backbone.
-        found = config.get("num_nextn_predict_layers")
-        raise InputError(f"{path}: num_nextn_predict_layers is {found}, must be 1; export the model again")
+        layers = config.get("num_nextn_predict_layers")
+        raise InputError(f"{path}: num_nextn_predict_layers is {layers}, must be 1; export the model again")
+    kind = config.get("model_type")
+    if "auto_map" in config and kind not in CONFIG_MAPPING_NAMES and "--trust-remote-code" not in flags:
+        raise InputError(
+            f"{path}: model_type '{kind}' needs code from this folder; read that code, then add "
+            "-- --trust-remote-code"
+        )
     return config
+
+
+def check(
+    model: str,
+    num_steps: int = 3,
+    token_map: str | None = None,
+    tp: int = 1,
+    port: int = 30000,
+    flags: Sequence[str] = (),
+    host: str = HOST,
+    token_maps: str | None = None,
+) -> dict:
+    """The model's config. InputError for what cannot work, however it was said.
+
+    num_steps 0 is plain decoding; token_map is SGLang's own, token_maps ("en=PATH,zh=PATH") follow languages.
+    """
+    flags = canonical(flags)
+    check_port(port)
+    check_host(host, port)
+    config = check_model(model, num_steps, flags)
+    own = {"--model-path": model, "--host": host, "--port": str(port)}
+    if num_steps:
+        own["--speculative-num-steps"] = str(num_steps)
+        own["--speculative-token-map"] = str(Path(token_map).resolve()) if token_map else None
+    check_flags(flags, num_steps, own)
+    said = values(flags)
+    if (token_map or token_maps) and not num_steps:
+        name = "--token-map" if token_map else "--token-maps"
+        raise InputError(f"{name} without drafts: there is nothing to shorten; leave the map out")
+    tp = whole("--tp", said.get("--tp-size", tp))
+    if token_map and tp > 1:
+        raise InputError(
+            f"--token-map with --tp {tp}: SGLang indexes a head split over GPUs with whole-vocabulary ids and "
+            "crashes or drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1 or no map"
+        )
+    if token_maps and "--enable-dp-attention" in said:
+        raise InputError(
+            "--token-maps with --enable-dp-attention: its ranks run different requests on one head; use one"
+        )
+    paths = [token_map] if token_map else draft_vocab.parse_maps(token_maps).values() if token_maps else []
+    for path in paths:
+        draft_vocab.load_map(path, said.get("--tokenizer-path", model), vocabulary(model, config))
+    return config
+
+
+def check_flags(flags: Sequence[str], num_steps: int, own: dict[str, str | None]) -> None:
+    """InputError for a flag of SGLang's that contradicts what our options say (`own`), or is abbreviated."""
+    for name, value in values(flags).items():
+        full = next((g for g in (*GUARDED, *ALIASES) if g.startswith(name)), None)
+        if full and name not in (*GUARDED, *ALIASES):
+            raise InputError(f"-- {name}: abbreviated; write the flag out, such as {full}")
+        if name in REFUSED:
+            raise InputError(f"-- {name}: {REFUSED[name]}")
+        if name in OURS and value != own.get(name):
+            raise InputError(f"-- {name} {value}: not after --; give {OURS[name]}")
+        if not num_steps and name in PLAIN:
+            raise InputError(f"-- {name} {value}: plain decoding has no drafts; leave it out")
+        if name in CHAIN and value not in CHAIN[name]:
+            raise InputError(f"-- {name} {value}: must be {CHAIN[name][0]} for drafts that keep the text")
+        if name == "--speculative-num-draft-tokens" and value != str(num_steps + 1):
+            raise InputError(
+                f"-- {name} {value}: must be {num_steps + 1} for {num_steps} steps; leave it out"
+            )
+
+
+def whole(name: str, value: object) -> int:
+    """A number of GPUs. Raises InputError for anything else."""
+    if not (str(value).isascii() and str(value).isdigit() and int(value) > 0):
+        raise InputError(f"{name} {value}: must be a whole number of at least 1")
+    return int(value)
+
+
+def vocabulary(model: str, config: dict) -> int:
+    """Rows of the model's output matrix."""
+    size = config.get("vocab_size")
+    if type(size) is not int or size < 1:
+        raise InputError(f"{model}/config.json: vocab_size is {size}; export the model again")
+    return size
 
 
 def command(
@@ -82,25 +197,17 @@ def command(
     token_map: str | None = None,
     tp: int = 1,
     port: int = 30000,
-    flags: list[str] = (),
+    flags: Sequence[str] = (),
     backend: str | None = None,
+    host: str = HOST,
+    token_maps: str | None = None,
 ) -> list[str]:
-    """SGLang's command line. num_steps 0 is plain decoding; `flags` override. Raises InputError for what
-    cannot work.
-    """
-    config = check_model(model, num_steps)
-    if token_map and not num_steps:
-        raise InputError("--token-map: there is no draft to shorten with --no-spec; leave one of them out")
-    if token_map and tp > 1:
-        raise InputError(
-            f"--token-map with --tp {tp}: SGLang indexes a head split over GPUs with whole-vocabulary ids and crashes or "
-            "drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1 or no map"
-        )
-    parts = ["--model-path", model, "--host", HOST, "--port", str(port), "--tp-size", str(tp)]
+    """SGLang's command line. `flags` override what is chosen here. Raises InputError as `check` does."""
+    flags = canonical(flags)
+    check(model, num_steps, token_map, tp, port, flags, host, token_maps)
+    parts = ["--model-path", model, "--host", host, "--port", str(port), "--tp-size", str(tp)]
     attention = backend or attention_backend()
     parts += ["--attention-backend", attention, "--sampling-backend", "pytorch"]
-    if "auto_map" in config and config.get("model_type") not in ("qwen2", "llama"):
-        parts += ["--trust-remote-code"]
     if num_steps:
         parts += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(num_steps)]
         parts += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(num_steps + 1)]
@@ -109,15 +216,8 @@ def command(
         parts += ["--speculative-draft-attention-backend", "triton"]
     if token_map:
         # A path that does not exist would be taken for a Hub repository.
-        parts += ["--speculative-token-map", str(existing(token_map, "token map").resolve())]
-    return [sys.executable, "-m", "sglang.launch_server", *without(parts, flags), *flags]
-
-
-def check_token_map(path: str, model: str) -> None:
-    """InputError for a map of another tokenizer, or a file that is no map: SGLang would draft wrong tokens or
-    crash.
-    """
-    draft_vocab.load_map(path, load_tokenizer(model), check_model(model, 1)["vocab_size"])
+        parts += ["--speculative-token-map", str(Path(token_map).resolve())]
+    return [sys.executable, "-m", "sglang.launch_server", *merged(parts, flags)]
 
 
 def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> dict[str, str]:
@@ -126,8 +226,8 @@ def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> d
 
     Raises InputError for maps that do not fit the model, each other or the policy.
     """
-    config = check_model(model, 1)
-    draft_vocab.read(token_maps, policy, load_tokenizer(model), config["vocab_size"]).save(path)
+    rows = vocabulary(model, check_model(model, 1))
+    draft_vocab.read(token_maps, policy, load_tokenizer(model), rows).save(path)
     return extension(path)
 
 
@@ -138,32 +238,3 @@ def extension(path: Path) -> dict[str, str]:
         "FASTMTP_DRAFT_VOCAB": str(path.resolve()),
         "PYTHONPATH": python_path(),
     }
-
-
-RENAMED = {"--cuda-graph-max-bs": "--cuda-graph-max-bs-decode"}  # the old name is gone after 0.5.17
-
-
-def renamed(flags: list[str]) -> list[str]:
-    """Flags under the names that every supported version knows."""
-    split = [flag.partition("=") for flag in flags]
-    return [RENAMED.get(name, name) + equals + value for name, equals, value in split]
-
-
-def split_flags(argv: list[str] | None) -> tuple[list[str], list[str]]:
-    """A command's own arguments and, after `--`, SGLang's, under the names that every supported version
-    knows.
-    """
-    ours, flags = split_at_dashes(argv)
-    return ours, renamed(flags)
-
-
-def without(parts: list[str], flags: list[str]) -> list[str]:
-    """`parts` without the flags that the user gives: the printed command then shows each once."""
-    given = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
-    kept, skipping = [], False
-    for part in parts:
-        if part.startswith("--"):
-            skipping = part in given
-        if not skipping:
-            kept.append(part)
-    return kept

@@ -11,7 +11,6 @@ and pays for their size.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +22,9 @@ from torch import Tensor
 
 from fastmtp import files
 from fastmtp.cli import InputError
-from fastmtp.tokenizer import fingerprint
+from fastmtp.tokenizer import fingerprint, load_tokenizer
 from fastmtp.vocab.script_table import WINDOW, ScriptTable, build
-from fastmtp.vocab.token_map import load_token_map
+from fastmtp.vocab.token_map import describe, load_token_map
 
 LOOK_EVERY = 16  # answer tokens between two looks: a changed language costs at most so many poor drafts
 AUTO, FIXED, UNION, MIXED = "auto", "fixed:", "union", "mixed"
@@ -182,19 +181,20 @@ def read(text: str, policy: str, tokenizer, vocab_size: int) -> DraftVocab:
 
 
 def load_map(path: str | Path, tokenizer, vocab_size: int) -> Tensor:
-    """One map for a model's tokenizer and output rows: [K] int64. Raises InputError for any other file."""
-    ids = load_token_map(path, vocab_size)
-    check_tokenizer(path, tokenizer)
-    return ids
+    """One map for a model's output rows and tokenizer (or the folder to load that from): [K] int64.
 
-
-def check_tokenizer(path: str | Path, tokenizer) -> None:
-    """InputError where the map's JSON names another tokenizer. One that only adds ids behind the map's is the
-    same.
+    Every command loads maps here. Raises InputError for any other file, for ids beyond the rows, and if the
+    JSON beside the map is not its description or names another tokenizer.
     """
-    about = Path(path).with_suffix(".json")
-    facts = json.loads(about.read_text(encoding="utf-8")).get("tokenizer") if about.exists() else None
-    if facts and fingerprint(tokenizer, facts.get("ids")) != facts["sha256_of_vocabulary"]:
-        raise InputError(
-            f"{path}: made for another tokenizer ('{facts['name']}') than the model's; build one with fastmtp.build_vocab"
-        )
+    ids = load_token_map(path, vocab_size)
+    about = describe(path)
+    if about:
+        facts = about["tokenizer"]
+        tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+        # A tokenizer that only adds ids behind the map's is the same.
+        if fingerprint(tokenizer, facts["ids"]) != facts["sha256_of_vocabulary"]:
+            raise InputError(
+                f"{path}: made for another tokenizer ('{facts['name']}') than the model's; build one with "
+                "fastmtp.build_vocab"
+            )
+    return ids

@@ -9,7 +9,6 @@ they load here as well. Ids are rows of the model's output matrix, so a map belo
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -46,31 +45,54 @@ def load_token_map(path: str | Path, vocab_size: int) -> torch.LongTensor:
     """
     path = files.existing(path, "token map")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
-        # torch's own message runs over many lines and advises weights_only=False, which would run the file's
-        # code.
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever the file is, torch has an error of its own for it, of many lines,
+        # and its advice, weights_only=False, would run the file's code.
         raise InputError(
             f"{path}: not a token map (torch.load refuses it); build one with fastmtp.build_vocab"
         ) from None
-    if isinstance(found, list) and all(type(i) is int for i in found):
+    if isinstance(loaded, list) and all(type(i) is int for i in loaded):
         try:
-            found = torch.tensor(found, dtype=torch.int64)
+            loaded = torch.tensor(loaded, dtype=torch.int64)
         except (RuntimeError, OverflowError, ValueError):  # an int that 64 bits cannot hold
             raise InputError(
                 f"{path}: ids outside 0..{vocab_size - 1}; is it for another tokenizer?"
             ) from None
-    if not isinstance(found, torch.Tensor) or found.dim() != 1 or found.dtype not in _INTEGERS:
+    plain = isinstance(loaded, torch.Tensor) and loaded.layout == torch.strided and not loaded.is_meta
+    if not plain or loaded.dim() != 1 or loaded.dtype not in _INTEGERS:
         raise InputError(
             f"{path}: expected a 1-D integer tensor or a list of ints; build one with fastmtp.build_vocab"
         )
-    if not len(found):
+    if not len(loaded):
         raise InputError(f"{path}: the map is empty; build it again")
-    ids = found.to(torch.int64).unique(sorted=True)
+    ids = loaded.to(torch.int64).unique(sorted=True)
     if ids[0] < 0 or ids[-1] >= vocab_size:
         wrong = ids[0] if ids[0] < 0 else ids[-1]
         raise InputError(f"{path}: id {wrong} is outside 0..{vocab_size - 1}; is it for another tokenizer?")
     return ids
+
+
+def describe(path: str | Path) -> dict | None:
+    """What the JSON beside a map says, as `save_token_map` wrote it; None without one.
+
+    Raises InputError for a JSON of another kind, or of another map: nothing would be known of its tokenizer.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    if beside == path or not beside.exists():
+        return None
+    advice = f"move it away from {path.name}, or build the map again with fastmtp.build_vocab"
+    try:
+        about = files.read_json(beside)
+    except (InputError, OSError):
+        raise InputError(f"{beside}: cannot be read as the description of a token map; {advice}") from None
+    facts = about.get("tokenizer")
+    kinds = {"name": str, "sha256_of_vocabulary": str, "ids": int}
+    if not isinstance(facts, dict) or any(type(facts.get(name)) is not kind for name, kind in kinds.items()):
+        raise InputError(f"{beside}: not the description of a token map (no 'tokenizer' facts); {advice}")
+    if about.get("sha256", None) not in (None, files.sha256(path)):
+        raise InputError(f"{beside}: describes another map (its sha256 differs); {advice}")
+    return about
 
 
 def save_token_map(path: str | Path, ids: torch.LongTensor, info: dict) -> None:

@@ -13,6 +13,7 @@ from benchmarks.dynamic_vocabulary import check as vocab_check
 from benchmarks.dynamic_vocabulary import cost as vocab_cost
 from benchmarks.dynamic_vocabulary.cost import Arm
 from evaluation.backends import Turn
+from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
 
@@ -187,6 +188,7 @@ def test_a_dead_arm_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     )
     args.port = free_port()
     done = {"arms": {}}
+    files.claim(tmp_path, folder=True)
     arms = [Arm("stock", 64), Arm("full", 512), Arm("auto", 64)]
     failed = vocab_cost.measure_all(arms, args, [], shapes.SHAPES["tiny"], tmp_path, done)
     assert list(failed) == ["stock 64"] and "the server ended with exit code 1" in failed["stock 64"]

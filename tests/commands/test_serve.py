@@ -13,11 +13,13 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.stand_in import free_port
 
 from fastmtp import serve
 from fastmtp.cli import InputError
 from fastmtp.engines import process, sglang
+from fastmtp.engines.sglang_flags import canonical
 
 HERE = Path(__file__).parents[1]
 
@@ -30,8 +32,15 @@ def model(tmp_path):
 def exported(folder, **changes):
     folder.mkdir()
     config = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
+    config["vocab_size"] = 400
     (folder / "config.json").write_text(json.dumps(config | changes))
     return str(folder)
+
+
+def a_map(folder, ids=range(20)):
+    """A map without a description beside it."""
+    torch.save(torch.tensor(list(ids)), folder / "en.pt")
+    return str(folder / "en.pt")
 
 
 def value(line, flag):
@@ -39,9 +48,8 @@ def value(line, flag):
 
 
 def test_the_command_line(model, tmp_path):
-    path = tmp_path / "en_32k.pt"
-    path.write_bytes(b"")
-    line = sglang.command(model, 3, str(path), backend="triton")
+    path = a_map(tmp_path)
+    line = sglang.command(model, 3, path, backend="triton")
     assert line[:3] == [sys.executable, "-m", "sglang.launch_server"]
     assert value(line, "--model-path") == model and value(line, "--port") == "30000"
     assert value(line, "--speculative-algorithm") == "EAGLE"
@@ -49,7 +57,7 @@ def test_the_command_line(model, tmp_path):
         value(line, "--speculative-num-steps") == "3" and value(line, "--speculative-num-draft-tokens") == "4"
     )
     assert value(line, "--speculative-eagle-topk") == "1"
-    assert value(line, "--speculative-token-map") == str(path.resolve())
+    assert value(line, "--speculative-token-map") == str(Path(path).resolve())
     assert "--trust-remote-code" not in line
     plain = sglang.command(model, 0, backend="triton")
     assert not [part for part in plain if "speculative" in part]
@@ -63,7 +71,7 @@ def test_flags_of_the_user_win_and_stand_there_once(model):
 
 
 def test_old_flag_names_are_given_their_new_ones():
-    assert sglang.renamed(["--cuda-graph-max-bs", "1", "--cuda-graph-max-bs=2", "--x"]) == [
+    assert canonical(["--cuda-graph-max-bs", "1", "--cuda-graph-max-bs=2", "--x"]) == [
         "--cuda-graph-max-bs-decode",
         "1",
         "--cuda-graph-max-bs-decode=2",
@@ -71,11 +79,93 @@ def test_old_flag_names_are_given_their_new_ones():
     ]
 
 
-def test_remote_code_only_where_the_type_is_not_a_stock_one(tmp_path):
+def test_remote_code_only_if_the_user_says_so(tmp_path):
     released = exported(tmp_path / "mimo", model_type="mimo", auto_map={"AutoConfig": "c.C"})
-    assert "--trust-remote-code" in sglang.command(released, backend="triton")
-    ours = exported(tmp_path / "ours", auto_map={"AutoConfig": "c.C"})
-    assert "--trust-remote-code" not in sglang.command(ours, backend="triton")
+    with pytest.raises(InputError, match="needs code from this folder; read that code"):
+        sglang.command(released, backend="triton")
+    allowed = sglang.command(released, flags=["--trust-remote-code"], backend="triton")
+    assert allowed.count("--trust-remote-code") == 1
+    known = exported(tmp_path / "known", auto_map={"AutoConfig": "c.C"})
+    assert "--trust-remote-code" not in sglang.command(known, backend="triton")
+
+
+TWO_GPUS = r"--token-map with --tp 2.*sgl-project/sglang/issues/4328"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--tp 2", TWO_GPUS),
+        ("--tp=2", TWO_GPUS),
+        ("--tp-size 2", TWO_GPUS),
+        ("--tensor-parallel-size=2", TWO_GPUS),
+        ("--tensor-parallel-size 1 --tp 2", TWO_GPUS),
+        ("--tensor-parallel 2", "abbreviated"),
+        ("--tp two", "--tp two: must be a whole number"),
+        ("--tp 0", "--tp 0: must be"),
+        ("--port 30001", "--port 30001: not after --"),
+        ("--port=0", "--port 0: not after --"),
+        ("--host 0.0.0.0", "--host 0.0.0.0: not after --"),
+        ("--model other", "--model-path other: not after --"),
+        ("--model-path=other", "--model-path other: not after --"),
+        ("--speculative-num-steps 5", "--speculative-num-steps 5: not after --"),
+        ("--speculative-token-map ids.json", "ids.json: not after --; give --token-map"),
+        ("--speculative-num-draft-tokens 9", "must be 4 for 3 steps"),
+        ("--speculative-eagle-topk 4", "must be 1 for drafts"),
+        ("--speculative-algorithm NGRAM", "must be EAGLE"),
+        ("--speculative-draft-model other", "the head in the model folder is the draft"),
+        ("--speculative-accept-threshold-single 0.5", "must be 1 for drafts"),
+        ("--speculative-num 5", "abbreviated"),
+        ("--config server.yaml", "write its flags out"),
+        ("--config=server.yaml", "write its flags out"),
+        ("--api-key secret", "it would be printed"),
+    ],
+)
+def test_flags_after_the_dashes_are_checked_like_our_own(flags, message, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
+    argv = ["--model", model, "--token-map", a_map(tmp_path), "--dry-run", "--", *flags.split()]
+    with pytest.raises(InputError, match=message) as caught:
+        serve.main(argv)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--speculative-algorithm EAGLE", "--speculative-num-steps=3"])
+def test_plain_decoding_takes_no_drafting_flags(flag, model):
+    with pytest.raises(InputError, match="--speculative-"):
+        sglang.command(model, 0, flags=flag.split(), backend="triton")
+
+
+def test_flags_that_repeat_our_options_stand_there_once(model):
+    flags = ["--port", "30000", "--speculative-num-steps=3", "--speculative-draft-attention-backend", "fa3"]
+    line = sglang.command(model, 3, port=30000, flags=flags, backend="triton")
+    names = [part.partition("=")[0] for part in line if part.startswith("--")]
+    assert len(names) == len(set(names)) and value(line, "--port") == "30000"
+    assert sglang.command(model, 0, flags=flags[-2:], backend="triton"), "a baseline passes over it"
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_ports_and_hosts_that_cannot_be(port, model):
+    with pytest.raises(InputError, match=f"--port {port}: must be between 1 and 65535"):
+        sglang.command(model, port=port, backend="triton")
+    with pytest.raises(InputError, match="--host no such host"):
+        sglang.command(model, host="no such host", backend="triton")
+
+
+def test_maps_are_checked_before_anything_starts(model, base_folder, tmp_path):
+    for ids, message in (([5, 400], "id 400 is outside"), ([-1], "id -1 is outside")):
+        with pytest.raises(InputError, match=message):
+            sglang.command(model, token_map=a_map(tmp_path, ids), backend="triton")
+    with pytest.raises(InputError, match="zh.pt: no such token map"):
+        sglang.command(model, token_maps=f"en={a_map(tmp_path)},zh={tmp_path}/zh.pt", backend="triton")
+    with pytest.raises(InputError, match="--token-maps with --enable-dp-attention"):
+        flags = ["--dp", "2", "--enable-dp-attention"]
+        sglang.command(model, token_maps=f"en={a_map(tmp_path)}", flags=flags, backend="triton")
+    beside = {"tokenizer": {"name": "other", "sha256_of_vocabulary": "f00", "ids": 30}}
+    path = a_map(tmp_path)
+    Path(path).with_suffix(".json").write_text(json.dumps(beside))
+    for maps in ({"token_map": path}, {"token_maps": f"en={path}"}):
+        with pytest.raises(InputError, match="made for another tokenizer"):
+            sglang.command(str(base_folder), backend="triton", **maps)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +174,7 @@ def test_remote_code_only_where_the_type_is_not_a_stock_one(tmp_path):
         ({"architectures": ["LlamaForCausalLM"]}, {}, "export with fastmtp.export, or --no-spec"),
         ({"num_nextn_predict_layers": None}, {}, "num_nextn_predict_layers is None, must be 1"),
         ({}, {"token_map": "/nowhere/en.pt"}, "no such token map"),
-        ({}, {"token_map": "/nowhere/en.pt", "num_steps": 0}, "no draft to shorten"),
+        ({}, {"token_map": "/nowhere/en.pt", "num_steps": 0}, "nothing to shorten"),
         ({}, {"token_map": "/nowhere/en.pt", "tp": 2}, r"sgl-project/sglang/issues/4328"),
     ],
 )
@@ -193,13 +283,51 @@ def test_ctrl_c_stops_the_server(sign, tmp_path):
         f"serve.serve([sys.executable, {str(HERE / 'helpers' / 'stand_in.py')!r}, '--port', '{port}'], {port}, Path({str(tmp_path / 'log')!r}))"
     )
     env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
-    while "Ctrl-C stops it" not in (line := process.stdout.readline()):
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    while "Ctrl-C stops it" not in (line := child.stdout.readline()):
         assert line, "ended before it was ready"
-    process.send_signal(sign)
-    rest = process.communicate(timeout=20)[0]
-    assert process.returncode == 0 and rest.strip() == "stopped"
+    child.send_signal(sign)
+    rest = child.communicate(timeout=20)[0]
+    assert child.returncode == 0 and rest.strip() == "stopped"
     assert not process.answers(f"http://127.0.0.1:{port}/health")
+
+
+def test_the_api_key_reaches_the_server_and_nothing_else(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
+    monkeypatch.setattr(serve, "sglang_version", lambda: "0.5.17")
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda *args: calls.append(args))
+    serve.main(["--model", model, "--api-key", "s3cret", "--host", "::1"])
+    monkeypatch.setenv("FASTMTP_API_KEY", "fr0m-outside")
+    serve.main(["--model", model])
+    shown = capsys.readouterr()
+    for (line, _, log, _, host, secret), key in zip(calls, ("s3cret", "fr0m-outside"), strict=True):
+        assert line[-1] == f"--api-key={key}" and secret == key
+        assert key not in shown.out + shown.err and shown.out.count("--api-key=***") == 2
+        assert log.parent.stat().st_mode & 0o777 == 0o700
+    assert calls[0][2] != calls[1][2] and calls[0][4] == "::1"
+    with pytest.raises(InputError, match="--api-key: is empty"):
+        serve.main(["--model", model, "--api-key", ""])
+
+
+def test_a_secret_is_blacked_out_in_the_log(tmp_path):
+    code = "import sys; print('args:', sys.argv); raise SystemExit(3)"
+    line = [sys.executable, "-c", code, "--api-key=s3cret"]
+    with pytest.raises(process.ServerError) as caught:
+        with process.Server(line, free_port(), tmp_path / "log", secret="s3cret"):
+            pass
+    text = (tmp_path / "log").read_text()
+    assert "s3cret" not in text + str(caught.value) and "--api-key=***" in text
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "host, url",
+    [("::1", "http://[::1]:5"), ("::", "http://[::1]:5"), ("0.0.0.0", "http://127.0.0.1:5")]
+    + [("localhost", "http://localhost:5"), ("127.0.0.1", "http://127.0.0.1:5")],
+)
+def test_where_a_server_is_asked(host, url):
+    assert process.Server(["false"], 5, Path("log"), host=host).url == url
 
 
 def test_main_prints_the_command_and_names_what_is_wrong(model, capsys, monkeypatch):
@@ -208,7 +336,7 @@ def test_main_prints_the_command_and_names_what_is_wrong(model, capsys, monkeypa
     assert capsys.readouterr().out.strip().endswith("--cuda-graph-max-bs-decode 1")
     with pytest.raises(InputError, match="--num-steps 0"):
         serve.main(["--model", model, "--num-steps", "0"])
-    with pytest.raises(InputError, match="--tp 0"):
+    with pytest.raises(InputError, match="--tp must be at least 1, not 0"):
         serve.main(["--model", model, "--tp", "0"])
     with pytest.raises(SystemExit) as caught:
         serve.main(["--model", model, "--mem-fraction-static", "0.7"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmtp.cli import InputError
-from fastmtp.vocab.token_map import load_token_map, map_name, parse_size, save_token_map
+from fastmtp.vocab.token_map import describe, load_token_map, map_name, parse_size, save_token_map
 
 
 def saved(folder, value):
@@ -41,6 +41,9 @@ def test_loads_lists_and_tensors_sorted_without_duplicates(tmp_path, value):
         torch.tensor([1.0]),
         torch.tensor([True]),
         torch.tensor([], dtype=torch.int64),
+        torch.tensor([0, 1]).to_sparse(),
+        torch.tensor([1, 2], device="meta"),
+        torch.tensor([1, 2]).to(torch.uint16),
         np.array([1, 2]),
     ],
 )
@@ -107,3 +110,44 @@ def test_sizes_and_names():
     for text in ("", "k", "0", "0k", "-8k", "1.5k", "8m", "²"):
         with pytest.raises(InputError, match="size"):
             parse_size(text)
+
+
+GOOD = {"tokenizer": {"name": "t", "sha256_of_vocabulary": "f00", "ids": 10}}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "[1, 2, 3]",
+        '{"broken": ',
+        "",
+        "null",
+        "{}",
+        '{"lang": "en"}',
+        '{"tokenizer": null}',
+        '{"tokenizer": "qwen2"}',
+        '{"tokenizer": {"name": "t", "ids": 10}}',
+        '{"tokenizer": {"name": "t", "sha256_of_vocabulary": "f00"}}',
+        '{"tokenizer": {"name": "t", "sha256_of_vocabulary": 5, "ids": 10}}',
+        '{"tokenizer": {"name": null, "sha256_of_vocabulary": "f00", "ids": 10}}',
+        '{"tokenizer": {"name": "t", "sha256_of_vocabulary": "f00", "ids": "10"}}',
+        json.dumps(GOOD | {"sha256": "of another map"}),
+        json.dumps(GOOD | {"sha256": ["a", "b"]}),
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_json_of_another_kind_beside_a_map_is_refused_in_one_line(tmp_path, beside):
+    path = saved(tmp_path, [1, 2])
+    (tmp_path / "m.json").write_bytes(beside if isinstance(beside, bytes) else beside.encode())
+    with pytest.raises(InputError, match=r"m\.json: .*move it away from m\.pt") as error:
+        describe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_map_with_its_description_and_one_without(tmp_path):
+    assert describe(saved(tmp_path, [1, 2])) is None
+    save_token_map(tmp_path / "en_2.pt", torch.tensor([1, 2]), GOOD)
+    assert describe(tmp_path / "en_2.pt")["tokenizer"] == GOOD["tokenizer"]
+    (tmp_path / "ids.json").write_text("[1, 2]")
+    with pytest.raises(InputError, match="ids.json: not a token map"):
+        load_token_map(tmp_path / "ids.json", 10)
