@@ -36,8 +36,9 @@ from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.cleaning import CleanConfig, verdict, words
 from fastmtp.data.curate_report import Tally, write_report
 from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates, signature
-from fastmtp.data.mixture import DataConfig, choose, load_yaml
+from fastmtp.data.mixture import DataConfig, choose
 from fastmtp.files import atomic, existing, write_provenance
+from fastmtp.yaml_file import load_yaml
 
 CHUNK = 128  # samples that travel to a worker together
 

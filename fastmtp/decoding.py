@@ -30,6 +30,7 @@ from fastmtp import files
 from fastmtp.chat import prompt_ids as chat_prompt_ids
 from fastmtp.checkpoint import head_folder, read_head, weight_files
 from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.data.prompts import read_prompts
 from fastmtp.fingerprint import fingerprint, machine
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, attention_of
 from fastmtp.tau import position_rates
@@ -354,36 +355,6 @@ def compare(
                 }
             )
     return [row for _, row in files.read_jsonl(out)]
-
-
-def read_prompts(path: str | Path, split: str | None = None, limit: int | None = None) -> list[dict]:
-    """Rows with `id` and `messages` (or `prompt`) of a jsonl file; `split` keeps rows whose "split" equals
-    it.
-
-    Raises InputError for a row without a prompt, an id that was there before, no row at all, or a limit below
-    1.
-    """
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, not {limit}")
-    prompts, seen = [], set()
-    for number, row in files.read_jsonl(path):
-        if split and row.get("split") != split:
-            continue
-        messages = row.get("messages") or (
-            [{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None
-        )
-        if not messages:
-            raise InputError(f"{path}:{number}: no prompt; give `messages` or a non-empty `prompt`")
-        name = row.get("id", f"line-{number}")
-        if name in seen:
-            raise InputError(f"{path}:{number}: the id '{name}' was there before; give every prompt its own")
-        seen.add(name)
-        prompts.append({**row, "messages": messages, "id": name})
-    if not prompts:
-        raise InputError(
-            f"{path}: no prompts" + (f" with split '{split}'" if split else "") + "; check the file"
-        )
-    return prompts[:limit]
 
 
 def parser() -> Parser:

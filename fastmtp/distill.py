@@ -23,10 +23,11 @@ from tqdm import tqdm
 from fastmtp import files, fingerprint
 from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
 from fastmtp.data.journal import Journal
-from fastmtp.data.mixture import DataConfig, Sampling, load_samplings, load_yaml
+from fastmtp.data.mixture import DataConfig, Sampling, load_samplings
 from fastmtp.data.prompts import Chat, chats, file_rows, limited, listed_rows
 from fastmtp.engines.process import ServerError
 from fastmtp.tokenizer import end_ids, load_tokenizer
+from fastmtp.yaml_file import load_yaml
 
 
 def parser() -> Parser:
@@ -104,6 +105,7 @@ class Questions:
         self.sampling: dict[str, Sampling] = {}
         if data:
             data.check(args.data)
+            data.sampling.check(f"{args.data}: sampling.")
             self.sampling = {s.name: s.sampling.changed(given) for s in data.sources if s.sampling}
         if args.sampling:
             self.sampling |= load_samplings(args.sampling, self.default)
@@ -114,6 +116,8 @@ class Questions:
             f"{fingerprint.content(files.existing(args.model, 'model folder'))[:12]} {args.dtype} {args.seed}"
         )
         self.keys = {chat.key for chat in self.chats()}
+        if not self.keys:
+            raise InputError(f"{args.data or args.prompts[0]}: no prompts; check the file and --split")
 
     def chats(self) -> Iterator[Chat]:
         return chats(self.rows, self.default, self.sampling, self.tag)

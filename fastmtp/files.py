@@ -17,6 +17,7 @@ import importlib.resources
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ from pathlib import Path
 
 from fastmtp import fingerprint
 from fastmtp.cli import InputError
+
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def existing(path: str | Path, what: str = "file") -> Path:
@@ -82,26 +85,33 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         with opener(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, _json_object(line, f"{path}:{number}")
+                    yield number, json_object(line, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:  # a folder, a false or torn gzip file, no permission
         raise InputError(f"{path}: cannot be read ({error}); give a .jsonl or .jsonl.gz file") from None
 
 
-def _json_object(line: bytes, where: str) -> dict:
+def json_object(line: bytes, place: str) -> dict:
+    """One line (or file) of UTF-8 that holds a JSON object. Raises InputError, starting with `place`."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
+        if HALF_PAIR.search(line):  # the escaped half of a character: no UTF-8 file can hold it again
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); mend or remove it") from None
+        raise InputError(f"{place}: not JSON ({error.msg}); fix or remove it") from None
     except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8 text; mend or remove it") from None
+        raise InputError(f"{place}: not UTF-8 text; fix or remove it") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: text that is not valid UTF-8; fix or remove it") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{place}: JSON that is too large or too deeply nested; remove it") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}; mend it")
+        raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}; fix it")
     return row
 
 
 def read_json(path: str | Path) -> dict:
     """A JSON file that holds one object. Raises InputError naming the file for anything else."""
-    return _json_object(existing(path).read_bytes(), str(path))
+    return json_object(existing(path).read_bytes(), str(path))
 
 
 def record_of(output: str | Path) -> Path:

@@ -27,24 +27,10 @@ from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.head.recursion import ATTENTIONS
+from fastmtp.yaml_file import read_mapping
 
 HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile")
 NEEDED = ("model", "model_type", "external_plugins", "dataset", "output_dir", "model_kwargs")
-
-
-def read_recipe(path: str | Path) -> dict:
-    """A recipe file as a dict. InputError where it is missing, not YAML, or lacks a needed key."""
-    path = files.existing(path, "recipe")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        line = getattr(error, "problem_mark", None)
-        raise InputError(
-            f"{path}:{line.line + 1 if line else 1}: not YAML ({error.problem}); mend this line"
-        ) from None
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values; see configs/quickstart.yaml")
-    return recipe
 
 
 def apply_overrides(recipe: dict, overrides: Sequence[str]) -> dict:
@@ -153,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # not parse_known_args: it takes the value of the first override for a recipe that was left out
     count = 1 if words and not words[0].startswith("--") else 0
     args = parser().parse_args(["--help"] if "--help" in words else words[:count])
-    recipe = apply_overrides(read_recipe(args.recipe), words[count:])
+    recipe = apply_overrides(read_mapping(args.recipe, "recipe"), words[count:])
     logging.disable(logging.INFO)  # ms-swift logs a line when it is imported
     try:
         from fastmtp.swift_plugin import swift_keys

@@ -29,7 +29,8 @@ from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.decoding import load
 from fastmtp.export import export
-from fastmtp.train import HEAD_KEYS, apply_overrides, check, read_recipe, train
+from fastmtp.train import HEAD_KEYS, apply_overrides, check, train
+from fastmtp.yaml_file import read_mapping
 
 STEPS = (1, 3, 5, 7)
 VANILLA = "vanilla"
@@ -42,7 +43,7 @@ def read_config(path: str | Path) -> dict:
 
     InputError for unknown keys, an arm without `about` or with other data than `source` or `self`.
     """
-    config = {"leave_out": []} | read_recipe(path)
+    config = {"leave_out": []} | read_mapping(path, "recipe")
     for key in config:
         if key not in KEYS:
             raise InputError(f"{path}: unknown key '{key}'; it holds {', '.join(KEYS)}")

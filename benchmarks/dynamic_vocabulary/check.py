@@ -23,7 +23,7 @@ from evaluation.backends import BackendError, Server, Turn
 from evaluation.lossless import first_difference
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.decoding import read_prompts
+from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import process, sglang
 from fastmtp.engines.sglang_flags import FLOAT32, FLOAT32_ENVIRONMENT, MEASURED, merged, split_flags, streams
 from fastmtp.files import claim, write_json, write_jsonl, write_provenance

@@ -3,25 +3,19 @@ proportions.
 
 One list serves two commands: `distill` reads the sources and how to sample from the model, `curate` the
 category of each source and the share of tokens that each category is to have. YAML is read strictly: an
-unknown or misspelt key is an error that names it, never a setting silently left at its default.
+unknown or misspelt key is an error that names it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
 
 from fastmtp.cli import InputError
-from fastmtp.files import existing
-
-T = TypeVar("T")
+from fastmtp.yaml_file import load_yaml
 
 
 @dataclass(frozen=True)
@@ -33,23 +27,21 @@ class Sampling:
     top_k: int = 20
     top_p: float = 0.95
 
-    def changed(self, given: dict[str, float]) -> Sampling:
+    def changed(self, values: dict[str, float]) -> Sampling:
         """With the given values (from the command line) in place of its own."""
-        return dataclasses.replace(self, **given)
+        return dataclasses.replace(self, **values)
 
-    def check(self, where: str) -> None:
-        """Raise InputError for a value that no sampler takes. `where`: what to put before its name, "--" for
-        an option.
-        """
+    def check(self, before: str) -> None:
+        """InputError for a value that no sampler takes; `before` goes before its name, "--" for an option."""
         for name, good, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 1, "at least 1"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
             if not good:
-                shown = name.replace("_", "-") if where == "--" else name
-                raise InputError(f"{where}{shown} must be {rule}, not {getattr(self, name)}")
+                shown = name.replace("_", "-") if before == "--" else name
+                raise InputError(f"{before}{shown} must be {rule}, not {getattr(self, name)}")
 
 
 @dataclass
@@ -88,11 +80,13 @@ class DataConfig:
     )
     sampling: Sampling = field(default_factory=Sampling)
 
-    def check(self, where: str) -> None:
-        """Raise InputError where the list contradicts itself."""
+    def check(self, path: str) -> None:
+        """InputError if the list contradicts itself; `path` is the file that it was read from."""
         names = [source.name for source in self.sources]
+        if not names:
+            raise InputError(f"{path}: 'sources' is empty; name at least one data set")
         for source in self.sources:
-            here = f"{where}: source '{source.name}'"
+            here = f"{path}: source '{source.name}'"
             if names.count(source.name) > 1:
                 raise InputError(f"{here} is listed twice; give each its own name")
             if (source.path is None) == (source.hub is None):
@@ -101,71 +95,37 @@ class DataConfig:
                 raise InputError(f"{here}: give one of 'prompt' and 'messages' (a column name)")
             if self.shares and source.category not in self.shares:
                 raise InputError(f"{here}: category '{source.category}' has no share; add it to 'shares'")
-        if self.shares and abs(sum(self.shares.values()) - 1) > 1e-6:
-            raise InputError(f"{where}: 'shares' sum to {sum(self.shares.values()):g}; make them sum to 1")
-
-
-def load_yaml(path: str | Path, kind: type[T]) -> T:
-    """Read a YAML file into the dataclass `kind`; InputError names the file and the key that does not fit."""
-    try:
-        value = yaml.safe_load(existing(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{path}{line}: not YAML ({getattr(error, 'problem', error)}); mend this line"
-        ) from None
-    return _build(kind, {} if value is None else value, str(path), "")
+        for key, count in (
+            ("samples", self.samples),
+            *((f"{s.name}.samples", s.samples) for s in self.sources),
+        ):
+            if count is not None and count < 1:
+                raise InputError(f"{path}: '{key}' must be at least 1, not {count}")
+        for name, share in self.shares.items():
+            if not share >= 0:
+                raise InputError(f"{path}: the share of '{name}' must be 0 or more, not {share}")
+        if self.shares and not abs(sum(self.shares.values()) - 1) <= 1e-6:
+            raise InputError(f"{path}: 'shares' sum to {sum(self.shares.values()):g}; make them sum to 1")
 
 
 def load_samplings(path: str | Path, default: Sampling) -> dict[str, Sampling]:
     """A YAML of `source: {temperature: ...}` blocks; what a block leaves out is the default's. Raises
     InputError.
     """
-    given = load_yaml(path, dict[str, dict[str, float]])
+    blocks = load_yaml(path, dict[str, dict[str, float]])
     names = [item.name for item in dataclasses.fields(Sampling)]
-    found = {}
-    for source, values in given.items():
+    samplings = {}
+    for source, values in blocks.items():
         for name in values:
             if name not in names:
                 raise InputError(f"{path}: unknown key '{source}.{name}'; known: {', '.join(names)}")
-        found[source] = default.changed({n: type(getattr(default, n))(v) for n, v in values.items()})
-        found[source].check(f"{path}: {source}.")
-    return found
-
-
-def _build(kind: Any, value: Any, where: str, key: str) -> Any:
-    """`value` (from YAML) as `kind`: a dataclass, a union, a list, a dict or a plain type."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: '{key or kind.__name__}' must be a block of keys, not {value!r}")
-        hints = typing.get_type_hints(kind)
-        for name in value:
-            if name not in hints:
-                raise InputError(
-                    f"{where}: unknown key '{f'{key}.{name}'.lstrip('.')}'; known: {', '.join(hints)}"
-                )
-        missing = dataclasses.MISSING
-        for item in dataclasses.fields(kind):
-            if item.default is missing and item.default_factory is missing and item.name not in value:
-                raise InputError(f"{where}: '{f'{key}.{item.name}'.lstrip('.')}' is missing; add it")
-        return kind(**{n: _build(hints[n], v, where, f"{key}.{n}".lstrip(".")) for n, v in value.items()})
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _build(next(a for a in args if a is not type(None)), value, where, key)
-    if origin is list and isinstance(value, list):
-        return [_build(args[0], v, where, f"{key}[{n}]") for n, v in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {
-            _build(args[0], n, where, key): _build(args[1], v, where, f"{key}.{n}") for n, v in value.items()
-        }
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is None and type(value) is kind:
-        return value
-    raise InputError(f"{where}: '{key}' must be {getattr(origin or kind, '__name__', kind)}, not {value!r}")
+        changes = {name: type(getattr(default, name))(value) for name, value in values.items()}
+        for name, value in values.items():
+            if changes[name] != value:
+                raise InputError(f"{path}: '{source}.{name}' must be a whole number, not {value}")
+        samplings[source] = default.changed(changes)
+        samplings[source].check(f"{path}: {source}.")
+    return samplings
 
 
 def choose(

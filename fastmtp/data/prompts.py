@@ -1,8 +1,7 @@
 """What is to be asked, read row by row: jsonl files or a data set list (`configs/data/*.yaml`) -> Chat.
 
-Nothing is held but a digest a prompt, so a list may be larger than memory. Every row is checked on a first
-pass,
-before anything is asked: a broken line is an error at the start, not after hours.
+Nothing is held but a digest per prompt, so a list may be larger than memory. Every row is checked on a first
+pass, before anything is asked: a broken line is an error at the start, not after hours.
 """
 
 from __future__ import annotations
@@ -14,15 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 
 from fastmtp.cli import InputError
+from fastmtp.data.messages import refuse_unread, row_messages, text_field
 from fastmtp.data.mixture import DataConfig, Sampling, Source
 from fastmtp.files import read_jsonl
 from fastmtp.vocab.lang import detect
 
-Rows = Callable[
-    [], Iterator[tuple[str, dict]]
-]  # gives ("file:line", {messages, source, ...}), anew at every call
+# Gives ("file:line", {messages, source, ...}), anew at every call.
+Rows = Callable[[], Iterator[tuple[str, dict]]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def turns(messages: list[dict]) -> list[list[dict]]:
 
 
 def file_rows(paths: list[str], split: str | None) -> Rows:
-    """Rows of jsonl files with `messages` or `prompt`; those with this `split` alone, where one is given."""
+    """Rows of jsonl files with `messages` or `prompt`; if `split` is given, those of this `split` alone."""
 
     def rows() -> Iterator[tuple[str, dict]]:
         for path in paths:
@@ -64,11 +64,37 @@ def file_rows(paths: list[str], split: str | None) -> Rows:
     return rows
 
 
-def listed_rows(data: DataConfig, where: str, seed: int) -> Rows:
+def read_prompts(path: str | Path, split: str | None = None, limit: int | None = None) -> list[dict]:
+    """Rows of one jsonl file, each with an `id` of its own and checked `messages`.
+
+    Raises InputError for a row without a prompt, an id that was there before, no row at all, or a limit below
+    1.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, not {limit}")
+    prompts, seen = [], set()
+    for place, row in limited(file_rows([str(path)], split), limit)():
+        messages = row_messages(row, place)
+        if messages[-1]["role"] == "assistant":
+            raise InputError(f"{place}: the last message is an answer, not a prompt; remove it")
+        name = text_field(row, "id", place) or f"line-{place.rpartition(':')[2]}"
+        if name in seen:
+            raise InputError(f"{place}: the id '{name}' was there before; give every prompt its own")
+        seen.add(name)
+        labels = {label: text_field(row, label, place) or "" for label in ("source", "lang")}
+        prompts.append({**row, **labels, "messages": messages, "id": name})
+    if not prompts:
+        raise InputError(
+            f"{path}: no prompts" + (f" with split '{split}'" if split else "") + "; check the file"
+        )
+    return prompts
+
+
+def listed_rows(data: DataConfig, path: str, seed: int) -> Rows:
     """Rows of all sources of a data set list, in the form of `file_rows`. Hub data sets are fetched at the
     first call.
     """
-    tables = {source.name: _table(source, where) for source in data.sources}
+    tables = {source.name: _table(source, path) for source in data.sources}
 
     def rows() -> Iterator[tuple[str, dict]]:
         for source in data.sources:
@@ -90,7 +116,7 @@ def listed_rows(data: DataConfig, where: str, seed: int) -> Rows:
     return rows
 
 
-def _table(source: Source, where: str) -> Rows:
+def _table(source: Source, listed_in: str) -> Rows:
     if source.path:
         path = source.path
         return lambda: ((f"{path}:{number}", row) for number, row in read_jsonl(path))
@@ -98,13 +124,13 @@ def _table(source: Source, where: str) -> Rows:
         import datasets  # heavy, and only the Hub needs it
     except ImportError:
         raise InputError(
-            f"{where}: source '{source.name}' needs the datasets package; pip install datasets"
+            f"{listed_in}: source '{source.name}' needs the datasets package; pip install datasets"
         ) from None
     try:
         table = datasets.load_dataset(source.hub, source.hub_config, split=source.split)
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where}: source '{source.name}': {reason}; check 'hub' and 'split'") from None
+        raise InputError(f"{listed_in}: source '{source.name}': {reason}; check 'hub' and 'split'") from None
     return lambda: ((f"{source.hub}[{n}]", row) for n, row in enumerate(table))
 
 
@@ -112,66 +138,50 @@ def _kept(source: Source, row: dict) -> bool:
     return all(row.get(column) in values for column, values in source.only.items())
 
 
-def _messages(source: Source, row: dict, place: str) -> list[dict]:
-    column = source.messages or source.prompt
+def _column(row: dict, column: str, source: Source, place: str) -> object:
     if column not in row:
         raise InputError(
             f"{place}: no column '{column}', which source '{source.name}' names; it has {', '.join(row)}"
         )
+    return row[column]
+
+
+def _messages(source: Source, row: dict, place: str) -> object:
+    """What a row of a data set asks, still unchecked if the row has `messages` of its own."""
     if source.messages:
-        return row[column]
-    extra = (row.get(source.extra) or "").strip() if source.extra else ""
-    return [{"role": "user", "content": row[column] + (f"\n\n{extra}" if extra else "")}]
+        refuse_unread(row, place)
+        return _column(row, source.messages, source, place)
+    texts = [_column(row, source.prompt, source, place)]
+    if source.extra and row.get(source.extra) is not None:
+        texts.append(row[source.extra])
+    for column, text in zip((source.prompt, source.extra), texts, strict=False):
+        if not isinstance(text, str):
+            raise InputError(f"{place}: column '{column}' must hold a text, not {text!r:.40}; fix this row")
+    content = "\n\n".join([texts[0], *(text.strip() for text in texts[1:] if text.strip())])
+    return [{"role": "user", "content": content}]
 
 
 def chats(rows: Rows, default: Sampling, sampling: dict[str, Sampling], tag: str) -> Iterator[Chat]:
     """Rows -> Chat. `tag` names the model and the way of asking; it and all that is asked make the key.
 
-    The nth row of the same content gets a key of its own, so that there is one answer a row.
+    The nth row of the same content gets a key of its own, so that there is one answer per row.
     Raises InputError for a row without a prompt.
     """
     seen: Counter[bytes] = Counter()
-    empty = True
-    for where, row in rows():
-        empty = False
-        messages = row.get("messages") or (
-            [{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None
-        )
-        parts = turns(_checked(messages, where))
+    for place, row in rows():
+        parts = turns(row_messages(row, place))
         if not parts:
-            raise InputError(f"{where}: no prompt; the row has answers alone")
-        source = str(row.get("source") or where.rpartition("/")[2].partition(".")[0])
+            raise InputError(f"{place}: no prompt; the row has answers alone")
+        source = text_field(row, "source", place) or place.rpartition("/")[2].partition(".")[0]
         chosen = sampling.get(source, default)
         text = json.dumps([tag, asdict(chosen), parts], sort_keys=True, ensure_ascii=False)
-        content = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+        content = hashlib.blake2b(text.encode("utf-8"), digest_size=12).digest()
         seen[content] += 1
         key = content.hex() + (f"-{seen[content]}" if seen[content] > 1 else "")
-        lang = row.get("lang") or detect(
+        lang = text_field(row, "lang", place) or detect(
             "\n".join(m["content"] for part in parts for m in part if m["role"] == "user")
         )
-        yield Chat(key, str(row.get("id") or key), source, lang, parts, chosen)
-    if empty:
-        raise InputError("no prompts; check --prompts and --split")
-
-
-def _checked(messages: object, where: str) -> list[dict]:
-    if not messages:
-        raise InputError(f"{where}: no prompt; give `messages` or a non-empty `prompt`")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise InputError(f"{where}: `messages` must be a list of {{role, content}}; mend or remove this line")
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise InputError(f"{where}: a message has the role {role!r}; expected system, user or assistant")
-        if role == "assistant":
-            continue
-        if not isinstance(content, str) or (role == "user" and not content.strip()):
-            raise InputError(f"{where}: an empty or non-text {role} message; mend or remove this line")
-        try:
-            content.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{where}: text that is not valid UTF-8; mend or remove it") from None
-    return messages
+        yield Chat(key, text_field(row, "id", place) or key, source, lang, parts, chosen)
 
 
 def limited(rows: Rows, limit: int | None) -> Rows:

@@ -224,7 +224,7 @@ def test_parser_errors_are_one_line(capsys):
 
 
 def test_prompts_have_their_own_ids_and_a_limit_of_at_least_one(tmp_path):
-    from fastmtp.decoding import read_prompts
+    from fastmtp.data.prompts import read_prompts
 
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n', encoding="utf-8")

@@ -85,7 +85,7 @@ def test_a_server_answers_every_prompt_once_with_its_exact_tokens(place, tokeniz
     sent = server.bodies[0]["sampling_params"]
     assert (sent["temperature"], sent["top_k"], sent["top_p"], sent["max_new_tokens"]) == (0.6, 20, 0.95, 64)
     assert sent["stop_token_ids"] == [tokenizer.eos_token_id]
-    assert sorted(os.listdir()) == ["model", "out.jsonl", "out.run.json", "prompts.jsonl"]
+    assert sorted(os.listdir()) == ["model", "out.jsonl", "out.jsonl.run.json", "prompts.jsonl"]
 
 
 def test_what_was_answered_is_not_asked_again_and_what_is_no_longer_asked_goes(place):
@@ -207,10 +207,10 @@ def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(place):
     "content, message",
     [
         ('{"prompt": "a"}\n{"prompt": "b', "prompts.jsonl:2"),
-        ('{"prompt": "a"}\n{"prompt": " "}\n', "prompts.jsonl:2: an empty"),
+        ('{"prompt": "a"}\n{"prompt": " "}\n', "prompts.jsonl:2: message 0: an empty"),
         ('{"prompt": ""}\n', "prompts.jsonl:1: no prompt"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "prompts.jsonl:1: no prompt"),
-        ('{"messages": [{"role": "user", "content": null}]}\n', "prompts.jsonl:1: an empty"),
+        ('{"messages": [{"role": "user", "content": null}]}\n', "prompts.jsonl:1: message 0 needs a text"),
         ('{"messages": "hello"}\n', "prompts.jsonl:1: `messages` must be a list"),
         ('{"messages": [{"role": "robot", "content": "x"}]}\n', "prompts.jsonl:1: .*'robot'"),
         ('{"prompt": "\\ud800"}\n', "prompts.jsonl:1: text that is not valid UTF-8"),
