@@ -7,25 +7,60 @@ it ends with `if __name__ == "__main__": run(main)`. Bad input raises `InputErro
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import importlib
+import os
+import select
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
+
+@dataclass(frozen=True)
+class Command:
+    """A module with a `main`; `resumes`: the same command continues where an interrupted one stopped."""
+
+    module: str
+    about: str
+    resumes: bool = False
+
+
 COMMANDS = {
-    "prepare_model": "MiMo-7B, a Llama/Qwen2 checkpoint or a GGUF file -> MiMo layout with an MTP head",
-    "fit_head": "a start for a fresh head, by least squares instead of training",
-    "distill": "the frozen model answers every prompt itself",
-    "curate": "clean, de-duplicate and split the answers; write ms-swift's training file",
-    "build_vocab": "token maps: the language's frequent tokens, for a cheaper draft",
-    "train": "fine-tune the head through `swift sft` on a recipe",
-    "export": "head + base -> one folder that SGLang loads as it is",
-    "acceptance": "accept length (tau) and per-position rates from one teacher-forced pass",
-    "ablation": "train every arm of configs/ablation.yaml from one start and print the table",
-    "serve": "start an SGLang server with the head's drafts and wait until it answers",
-    "decoding": "reference speculative decoder: plain against drafts on your prompts",
-    "report": "markdown table, loss curves and acceptance curves of a run",
-    "quickstart": "all of the above on a small real model",
+    "prepare_model": Command(
+        "fastmtp.prepare_model",
+        "MiMo-7B, a Llama/Qwen2 checkpoint or a GGUF file -> MiMo layout with an MTP head",
+    ),
+    "fit_head": Command("fastmtp.fit_head", "a start for a fresh head, by least squares instead of training"),
+    "distill": Command("fastmtp.distill", "the frozen model answers every prompt itself", resumes=True),
+    "curate": Command(
+        "fastmtp.curate", "clean, de-duplicate and split the answers; write ms-swift's training file"
+    ),
+    "build_vocab": Command(
+        "fastmtp.build_vocab", "token maps: the language's frequent tokens, for a cheaper draft"
+    ),
+    "train": Command("fastmtp.train", "fine-tune the head through `swift sft` on a recipe", resumes=True),
+    "export": Command("fastmtp.export", "head + base -> one folder that an engine loads as it is"),
+    "acceptance": Command(
+        "fastmtp.acceptance", "accept length (tau) and per-position rates from one teacher-forced pass"
+    ),
+    "serve": Command("fastmtp.serve", "start a server with the head's drafts and wait until it answers"),
+    "decoding": Command(
+        "fastmtp.decoding",
+        "reference speculative decoder: plain against drafts on your prompts",
+        resumes=True,
+    ),
+    "bench": Command(
+        "evaluation.harness", "one benchmark against a running server: fastmtp bench TASK", resumes=True
+    ),
+    "evaluate": Command("evaluation.run", "seven benchmarks, every arm: table and charts", resumes=True),
+    "ablation": Command(
+        "fastmtp.ablation", "train every arm of configs/ablation.yaml and print the table", resumes=True
+    ),
+    "report": Command("fastmtp.report", "markdown table, loss curves and acceptance curves of a run"),
+    "quickstart": Command("fastmtp.quickstart", "all of the above on a small real model", resumes=True),
 }
 
 
@@ -64,40 +99,118 @@ def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command's `main`; exit 0 done, 2 bad input (one line on stderr), 1 anything else."""
+def run(main: Callable[[], None], name: str | None = None) -> NoReturn:
+    """Run a command's `main`; exit 0 done, 2 bad input (one line on stderr), 1 anything else.
+
+    An error that nobody foresaw keeps its traceback, for a report of it, and ends with one clear line.
+    """
+    name = name or _name_of(main)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # half an emoji in a name must not end a command
+    try:
+        main()
+        sys.stdout.flush()  # a full disk behind `> file` shows here; afterwards it would pass for success
+    except InputError as error:
+        _stop(2, f"{name}: error: {error}")
+    except KeyboardInterrupt:
+        _stop(1, f"{name}: interrupted{_after_interruption(name)}")
+    except Exception as error:
+        _stop(*_explain(name, error))
+    raise SystemExit(0)
+
+
+def _explain(name: str, error: Exception) -> tuple[int, str | None]:
+    """Exit code and last line for an exception that is no InputError."""
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        return 1, None  # `fastmtp ... | head`: the reader has what it wanted
+    if isinstance(error, OSError):
+        path = error.filename2 or error.filename  # of a rename, where it should go
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return 2, f"{name}: error: {path or 'output'}: the disk is full; free some space and try again"
+        if path is not None:
+            return 2, f"{name}: error: {path}: cannot be used ({error.strerror}); give another path"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        first = (str(error).splitlines() or [""])[0]
+        return 1, f"{name}: error: out of memory ({first or 'RAM'}); use smaller batches or a larger machine"
+    traceback.print_exception(error)
+    kind = type(error).__name__
+    return 1, f"{name}: error: unexpected {kind}; this is a bug: please report it with the lines above"
+
+
+def _stop(code: int, line: str | None) -> NoReturn:
+    if line is not None:
+        print(" ".join(line.splitlines()), file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _stdout_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes again at its end
+    return True
+
+
+def _name_of(main: Callable[[], None]) -> str:
     name = getattr(main, "__module__", "fastmtp").removesuffix(".cli")
     if name == "__main__":  # started as `python -m fastmtp.x`, or as a file
         spec = sys.modules["__main__"].__spec__
         name = spec.name if spec else sys.argv[0]
-    try:
-        main()
-    except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        if error.filename is None:
-            raise
-        path = error.filename2 or error.filename  # of a rename, where it should go
-        print(f"{name}: error: {path}: cannot be used ({error.strerror}); give another path", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command continues where this one stopped", file=sys.stderr)
-        raise SystemExit(1) from None
-    raise SystemExit(0)
+    return name
+
+
+def _after_interruption(name: str) -> str:
+    """What the same command does next time. Nothing is said of a module that is not in the table."""
+    if name.removesuffix(".py").endswith("bench_sglang_eagle"):
+        name = "fastmtp bench"
+    for key, command in COMMANDS.items():
+        if name in (f"fastmtp {key}", command.module):
+            then = "continues where this one stopped" if command.resumes else "starts from the beginning"
+            return f"; the same command {then}"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`fastmtp COMMAND ...` is `python -m fastmtp.COMMAND ...`."""
+    """`fastmtp COMMAND ...` is `python -m MODULE ...`, as the table says."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: fastmtp COMMAND [options]\n\ncommands (each has --help):")
-        for command, text in COMMANDS.items():
-            print(f"  {command:<14} {text}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<14} {command.about}")
         return
-    if argv[0] not in COMMANDS:
-        raise InputError(f"unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}")
-    importlib.import_module(f"fastmtp.{argv[0]}").main(argv[1:])
+    if argv[0] in ("-V", "--version"):
+        print(f"fastmtp {importlib.import_module('fastmtp').__version__}")
+        return
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise InputError(f"unknown command '{name}'; choose one of {', '.join(COMMANDS)}")
+    run(functools.partial(bench if name == "bench" else _module(name).main, rest), f"fastmtp {name}")
+
+
+def bench(argv: Sequence[str]) -> None:
+    """`fastmtp bench TASK ...`: one benchmark against a running server."""
+    tasks = _module("bench", "evaluation.plan").TASKS
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fastmtp bench TASK [options]\n\ntasks (each has --help):")
+        for name, task in tasks.items():
+            print(f"  {name:<14} {task.title}")
+        return
+    if argv[0] not in tasks:
+        raise InputError(f"unknown task '{argv[0]}'; choose one of {', '.join(tasks)}")
+    _module("bench").main(tasks[argv[0]], list(argv[1:]))
+
+
+def _module(name: str, module: str | None = None):
+    """The module of a command. InputError if the evaluation package is not there."""
+    module = module or COMMANDS[name].module
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "evaluation":
+            raise
+        where = "run it from the checkout, or install the project there: pip install -e ."
+        raise InputError(f"fastmtp {name} needs the package evaluation; {where}") from None
 
 
 def entry() -> NoReturn:

@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import fastmtp
 from fastmtp import cli
 from fastmtp.checkpoint import PREFIX
 from fastmtp.cli import InputError, Parser, run
@@ -47,7 +48,7 @@ def place(tmp_path, base_folder, monkeypatch):
 
 
 def fails(command: str, words: str, capsys, expected: list[str]) -> None:
-    """Run `command` as the console would; check the code, the one line, and that no file appeared or changed."""
+    """Run `command` as the console would: code 2, one line, and no file has appeared or changed."""
     module = importlib.import_module(f"fastmtp.{command}")
     before = {path: path.stat().st_mtime_ns for path in Path(".").rglob("*")}
     capsys.readouterr()
@@ -69,7 +70,11 @@ MEASURING = "--model model --data samples.jsonl --out out.json"
     [
         ("decoding", f"{GENERATING} --prompts none.jsonl", ["none.jsonl"]),
         ("decoding", f"{GENERATING} --model none", ["none", "model folder"]),
-        ("decoding", f"{GENERATING} --model headless", ["headless", "model.mtp_layers.0", "prepare_model"]),
+        (
+            "decoding",
+            f"{GENERATING} --model headless",
+            ["headless", "model.mtp_layers.0", "prepare_model"],
+        ),
         ("decoding", f"{GENERATING} --prompts broken.jsonl", ["broken.jsonl:2"]),
         ("decoding", f"{GENERATING} --split held", ["prompts.jsonl", "held"]),
         ("decoding", f"{GENERATING} --num-steps 0", ["--num-steps", "0"]),
@@ -173,45 +178,111 @@ def test_as_a_process_the_one_line_is_all_there_is_on_stderr(module, words, plac
     )
 
 
-def test_run_s_exit_codes(capsys):
-    for function, code in (
-        (lambda: None, 0),
-        (lambda: stop(InputError("x: wrong")), 2),
-        (lambda: stop(KeyboardInterrupt()), 1),
-    ):
-        with pytest.raises(SystemExit) as end:
-            run(function)
-        assert end.value.code == code
-    err = capsys.readouterr().err
-    assert "error: x: wrong\n" in err and "interrupted" in err and err.count("\n") == 2
-    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback, and Python's exit code 1
-        run(lambda: 1 / 0)
-
-
-def stop(error: BaseException):
-    raise error
-
-
-def test_the_console_command_lists_and_refuses(capsys):
-    cli.main([])
-    out = capsys.readouterr().out
-    assert all(name in out for name in cli.COMMANDS)
-    with pytest.raises(InputError, match="frobnicate"):
-        cli.main(["frobnicate"])
+def as_process(body: str, stdout=subprocess.PIPE) -> subprocess.CompletedProcess:
+    """Run `body` (lines) as a command's main, in a process of its own."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    code = f"from fastmtp.cli import *\ndef main():\n{lines}\nrun(main, 'fastmtp x')"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
-    "command", ["decoding", "distill", "acceptance", "export", "prepare_model", "train", "curate"]
+    "body, code, line",
+    [
+        ("pass", 0, ""),
+        ("raise InputError('x: wrong')", 2, "fastmtp x: error: x: wrong\n"),
+        ("raise InputError('x:\\nwrong')", 2, "fastmtp x: error: x: wrong\n"),  # a library's own line break
+        ("open('/etc/passwd/x')", 2, "/etc/passwd/x: cannot be used (Not a directory); give another path\n"),
+        ("open('/tmp/' + 300 * 'x', 'w')", 2, "cannot be used (File name too long); give another path\n"),
+        (
+            "import errno; raise OSError(errno.ENOSPC, 'full')",
+            2,
+            "the disk is full; free some space and try again\n",
+        ),
+        (
+            "import torch; raise torch.cuda.OutOfMemoryError('60 GiB')",
+            1,
+            "out of memory (60 GiB); use smaller",
+        ),
+        ("print('\\ud83d')", 0, ""),  # half an emoji of a data file
+    ],
 )
-def test_help_has_a_real_example(command, capsys):
-    module = importlib.import_module(f"fastmtp.{command}")
+def test_what_a_command_may_end_with_is_one_line(body, code, line):
+    result = as_process(body)
+    assert result.returncode == code and line in result.stderr, result.stderr
+    assert result.stderr.count("\n") == (1 if line else 0)
+
+
+def test_a_bug_keeps_its_traceback_and_ends_with_a_clear_line():
+    result = as_process("1 / 0")
+    assert result.returncode == 1 and result.stderr.startswith("Traceback")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("fastmtp x: error: unexpected ZeroDivisionError") and "report" in last
+
+
+def test_output_that_is_not_written_is_no_success():
+    with open("/dev/full", "w") as full:
+        result = as_process("print('a table')", full)
+    assert result.returncode == 2 and "disk is full" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        result = as_process("for i in range(99999): print(i)", closed)
+    assert result.returncode == 1 and result.stderr == ""
+    result = as_process("raise BrokenPipeError('of a server')")
+    assert "unexpected BrokenPipeError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("fastmtp distill", "; the same command continues where this one stopped"),
+        ("fastmtp.decoding", "; the same command continues where this one stopped"),
+        ("evaluation.mt_bench.bench_sglang_eagle", "; the same command continues where this one stopped"),
+        ("fastmtp export", "; the same command starts from the beginning"),
+        ("fastmtp.prepare_model", "; the same command starts from the beginning"),
+        ("benchmarks.speed.run", ""),
+    ],
+)
+def test_an_interruption_says_what_the_same_command_does_next(name, words, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
     with pytest.raises(SystemExit) as end:
-        module.main(["--help"])
-    out = capsys.readouterr().out
-    assert end.value.code == 0 and "example:\n" in out
-    example = out.split("example:\n")[1].replace("\\\n", " ").splitlines()[0].split()
-    words = example[example.index(f"fastmtp.{command}") + 1 :]
-    module.parser().parse_known_args(words)
+        run(stopped, name)
+    assert end.value.code == 1 and capsys.readouterr().err == f"{name}: interrupted{words}\n"
+
+
+def console(words: str, capsys) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `fastmtp WORDS`."""
+    with pytest.raises(SystemExit) as end:
+        run(lambda: cli.main(words.split()), "fastmtp")
+    return end.value.code, *capsys.readouterr()
+
+
+def test_the_console_command_lists_and_refuses(capsys):
+    code, out, _ = console("", capsys)
+    assert code == 0 and all(name in out for name in cli.COMMANDS)
+    assert console("--version", capsys) == (0, f"fastmtp {fastmtp.__version__}\n", "")
+    code, out, err = console("frobnicate", capsys)
+    assert code == 2 and out == "" and "frobnicate" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [*(name for name in cli.COMMANDS if name != "bench"), "bench mt_bench"])
+def test_every_command_of_the_console_shows_its_help(name, capsys):
+    code, out, err = console(f"{name} --help", capsys)
+    assert code == 0 and "example:\n" in out and err == ""
+
+
+def test_bench_lists_its_tasks_and_refuses_others(capsys):
+    code, out, _ = console("bench", capsys)
+    assert code == 0 and "mt_bench" in out and "c_eval" in out
+    code, _, err = console("bench mtbench", capsys)
+    assert code == 2 and "'mtbench'" in err and "mt_bench" in err and err.count("\n") == 1
 
 
 def test_parser_errors_are_one_line(capsys):
@@ -234,9 +305,17 @@ def test_prompts_have_their_own_ids_and_a_limit_of_at_least_one(tmp_path):
         read_prompts(path, limit=0)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_benchmarks_show_their_help(path, monkeypatch, capsys):
+PROGRAMS = [
+    path.relative_to(REPOSITORY)
+    for folder in ("benchmarks", "evaluation")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+def test_programs_outside_the_package_show_their_help(path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(path), run_name="__main__")
+        runpy.run_path(str(REPOSITORY / path), run_name="__main__")
     assert end.value.code == 0 and "example:" in capsys.readouterr().out

@@ -82,3 +82,17 @@ def test_shipped_files_are_found_outside_the_checkout(installed):
     result = installed("-c", code + "\nprint(files.checkout(), files.git_state())")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "None {'git_commit': None, 'git_dirty': None}\n"
+
+
+def test_the_console_command_and_its_evaluation_run_from_the_wheel(installed):
+    start = "from fastmtp.cli import entry; entry()"
+    for words, line in (
+        (["--version"], "fastmtp "),
+        (["bench", "mt_bench", "--help"], "usage: "),
+        (["evaluate", "--help"], "usage: "),
+        (["train", "--help"], "usage: "),
+    ):
+        result = installed("-c", start, *words)
+        assert result.returncode == 0 and result.stdout.startswith(line), result.stderr
+    result = installed("-c", start, "ablation", "--help")  # an experiment of the checkout
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "checkout" in result.stderr

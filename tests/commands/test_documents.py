@@ -1,0 +1,132 @@
+"""Every command that a document, a docstring or a `--help` shows is one that the real parser takes."""
+
+import importlib.util
+import re
+import runpy
+import shlex
+import types
+from pathlib import Path
+
+import pytest
+
+from fastmtp import cli, train
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("*.md", "docs/*.md", "vocab/*.md", "examples/*.md", "fastmtp/**/*.md")
+SOURCES = ("fastmtp/**/*.py", "evaluation/**/*.py", "benchmarks/**/*.py", "examples/*.py", "scripts/*.sh")
+START = (
+    r"(?:[A-Z_]+=\S+ )*"  # an environment variable
+    r"(?:python3? (?:-m (?:fastmtp|evaluation|benchmarks)\.|examples/)|sh scripts/|fastmtp [a-z_]+ )"
+)
+PLACEHOLDERS = re.compile(r"MODULE|TASK|fastmtp\.x\b|interrupted|^fastmtp [a-z_]+ \.\.\.$")
+
+
+def commands_of(path: Path) -> set[str]:
+    """Command lines with arguments that a file shows: a line of their own, or in backquotes."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix in (".py", ".sh"):  # an example is a string over several lines; a comment begins with #
+        text = re.sub(r'(?<!\\n)"\n\s+"', "", text)  # one string over two lines
+        text = text.replace('\\n"\n', '"\n').replace("\\\\", "\\").replace('\\"\n', "\\\n")
+        text = re.sub(r'^[ #"]+', "", text.replace("\\n", "\n"), flags=re.M)
+    text = re.sub(r'\\\n[\s#"]*', "", text)
+    shown = re.findall(rf"^({START}.*)$", text, flags=re.M) + re.findall(rf"`({START}[^`]*)`", text)
+    shown = [line[: line.rindex('"')] if line.count('"') % 2 else line for line in shown]
+    words = {shlex.join(shlex.split(line.rstrip("& "), comments=True)) for line in shown}
+    return {line for line in words if not PLACEHOLDERS.search(line)}
+
+
+def shown_commands() -> list:
+    paths = sorted({path for pattern in (*DOCUMENTS, *SOURCES) for path in REPOSITORY.glob(pattern)})
+    return [
+        pytest.param(command, id=f"{path.relative_to(REPOSITORY)}: {command[:60]}")
+        for path in paths
+        for command in sorted(commands_of(path))
+    ]
+
+
+def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
+    """The module that a command line runs, or a file, and what it is given."""
+    while "=" in words[0]:
+        words = words[1:]
+    if words[0] == "sh":
+        script = (REPOSITORY / words[1]).read_text(encoding="utf-8")
+        script = re.sub(r"\$\(\(.*\)\)", "0", script)
+        runs = re.findall(r'exec \S+ -m (fastmtp\S+|evaluation\S+|benchmarks\S+)((?: [^"\\]*)?)"\$@"', script)
+        assert runs or words[1] in ("scripts/install.sh", "scripts/test.sh"), "runs no module"
+        return (runs[-1][0], [*shlex.split(runs[-1][1]), *words[2:]]) if runs else ("", [])
+    if words[:2] == ["fastmtp", "bench"]:
+        return f"evaluation.{words[2]}.bench_sglang_eagle", words[3:]
+    if words[0] == "fastmtp":
+        return cli.COMMANDS[words[1]].module, words[2:]
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+def parser_of(module: str, monkeypatch):
+    if module.endswith(".py"):
+        loaded = types.SimpleNamespace(**runpy.run_path(str(REPOSITORY / module)))
+    else:
+        loaded = importlib.import_module(module)
+    if module.endswith("bench_sglang_eagle"):
+        return importlib.import_module("evaluation.harness").parser(loaded.TASK)
+    if hasattr(loaded, "parser"):
+        return loaded.parser()
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", lambda parser, *_: stop(parser))
+    with pytest.raises(Stop) as end:  # its parser is made in `main`
+        loaded.main()
+    return end.value.args[0]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(parser):
+    raise Stop(parser)
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_a_shown_command_is_one_that_the_parser_takes(command, monkeypatch):
+    module, words = module_and_arguments(shlex.split(command))
+    words, _ = cli.split_at_dashes(words)  # what follows is an engine's
+    if not module or words in ([], ["--help"]):
+        assert not module or importlib.util.find_spec(module), f"no module {module}"
+        return
+    parser = parser_of(module, monkeypatch)
+    if "..." in words:  # a part of a command: only its flags can be right or wrong
+        for action in parser._actions:
+            action.required = False
+    unknown = [word for word in parser.parse_known_args(words)[1] if word != "..."]
+    if module in ("fastmtp.train", "benchmarks.ablation.run"):
+        recipe = train.apply_overrides({}, unknown)
+        unknown = sorted((recipe.keys() | recipe.pop("model_kwargs").keys()) - known_keys())
+    assert unknown == []
+
+
+def known_keys() -> set[str]:
+    pytest.importorskip("swift")
+    from fastmtp.swift_plugin import swift_keys
+
+    return {*swift_keys(), *train.HEAD_KEYS}
+
+
+def test_many_commands_are_seen():
+    """The patterns above must not stop matching unnoticed."""
+    seen = [parameter.id for parameter in shown_commands()]
+    assert len(seen) > 60 and {name.split(":")[0] for name in seen} >= {
+        "README.md",
+        "docs/serve_and_evaluate.md",
+        "fastmtp/serve.py",
+        "evaluation/run.py",
+        "benchmarks/speed/run.py",
+        "scripts/ablation.sh",
+    }
+
+
+def test_a_wrong_flag_is_found(tmp_path, monkeypatch):
+    (tmp_path / "x.md").write_text(
+        "```sh\npython -m fastmtp.export --base a \\\n    --hed b --out c # why\n```\n"
+    )
+    (command,) = commands_of(tmp_path / "x.md")
+    assert command == "python -m fastmtp.export --base a --hed b --out c"
+    with pytest.raises((SystemExit, AssertionError)):
+        test_a_shown_command_is_one_that_the_parser_takes(command, monkeypatch)
