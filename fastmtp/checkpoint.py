@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from fastmtp import files
 from fastmtp.cli import InputError
+from fastmtp.tokenizer import check_same, different, load_tokenizer
 
 PREFIX = "model.mtp_layers."
 HEADS = Path(__file__).with_name("heads")  # heads that come with the package, by folder name
@@ -40,6 +41,7 @@ CODE = sorted(
 INDEX = "model.safetensors.index.json"
 CONTRACT_KEY = "fastmtp"  # in config.json of folders whose head is ours: what the head was trained on
 CONTRACT = {"mtp_hidden": "post_norm"}  # the backbone's state after its final norm; vLLM's own MiMo differs
+ENGINE_TYPES = ("qwen2", "llama")  # qwen2: transformers rebuilds the tokenizer
 SKIP = {"config.json", INDEX, "run.json", *(path.name for path in CODE)}
 
 
@@ -52,7 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def head_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint, a model, or a head that comes with the package, such as `smollm2-vanilla`."""
+    """The folder of a checkpoint, a model, or a head of the package, such as `smollm2-vanilla`."""
     return Path(name) if Path(name).exists() or not (HEADS / name).is_dir() else HEADS / name
 
 
@@ -83,15 +85,31 @@ def is_post_norm(config: dict) -> bool:
     return isinstance(contract, dict) and contract.get("mtp_hidden") == "post_norm"
 
 
-def finish_folder(folder: Path, config: dict) -> None:
-    """Write config.json as engines want it (the comments say why), and the modelling files beside it."""
-    config = {
-        **{
-            k: v
-            for k, v in config.items()
-            if k not in ("_name_or_path", "quantization_config", "transformers_version")
-        },
-        "model_type": "qwen2",  # engines load it without remote code; the architecture name brings the head
+def finish_folder(folder: Path, config: dict, tokenizer=None) -> None:
+    """Write config.json as engines want it, and the modelling files beside it.
+
+    With `tokenizer`, the model type is one with which transformers reads its ids from the folder. Raises
+    InputError if there is none.
+    """
+    own = config.get("model_type")
+    types = [own, *ENGINE_TYPES] if own in ENGINE_TYPES else [*ENGINE_TYPES]
+    for model_type in dict.fromkeys(types):
+        _write_config(folder, config, model_type)
+        if tokenizer is None or different(tokenizer, load_tokenizer(folder)) is None:
+            break
+    else:
+        check_same(folder, tokenizer)
+    for path in CODE:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _write_config(folder: Path, config: dict, model_type: str) -> None:
+    dropped = ("_name_or_path", "quantization_config", "transformers_version")
+    before = {name: value for name, value in config.items() if name not in dropped}
+    own = before.get("model_type")
+    config = before | {
+        # engines know the type without remote code; the architecture's name brings the head
+        "model_type": model_type,
         "architectures": ["MiMoForCausalLM"],
         "num_nextn_predict_layers": 1,
         "auto_map": {
@@ -100,12 +118,13 @@ def finish_folder(folder: Path, config: dict) -> None:
         },
         "use_cache": True,
     }
+    if model_type == "llama":  # a Llama source's q/k/v biases are zeros that a plain Llama does not need
+        config["attention_bias"] = before.get("attention_bias", False) if own == "llama" else True
+        config.setdefault("mlp_bias", False)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:  # older readers look for it at the top
         config["rope_theta"] = rope["rope_theta"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in CODE:
-        shutil.copyfile(path, folder / path.name)
 
 
 def link(source: Path, target: Path) -> None:

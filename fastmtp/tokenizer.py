@@ -1,31 +1,183 @@
-"""One loader for tokenizers, one definition of the ids that end an answer, one fingerprint of what ids mean."""
+"""One loader for tokenizers, one comparison of two, one definition of the ids that end an answer, one
+fingerprint of what ids mean.
+
+transformers 5 does not always follow a folder's tokenizer.json: for some model types, and for some classes
+named in tokenizer_config.json, it rebuilds the pre-tokenizer in code. Therefore every folder that we write is
+read back as engines read it, and compared on `PROBES`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastmtp import files
 from fastmtp.cli import InputError
 
+FILE = "tokenizer.json"
+FILES = (  # all that a tokenizer consists of
+    *(FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+PROBES = (  # what pre-tokenizers and normalizers treat differently
+    "in 2023 and 123, 3.14159, 1000000, ١٢٣ and 17+25=42",
+    "a\n\n  b\n\n\n\tc\t\td  \r\n    return x ** 2  # e   ",
+    " one leading space,  two  inside, one at the end ",
+    "it's, we're, I'LL, don't, 'tis, O'Neil, HTTPServer snake_case [UNK] <unk> </s>",
+    "猫坐在垫子上。今天天气很好！ 日本語の文、한국어 문장",
+    "Привет, café, cafe\u0301, naïve, Ελλάδα, مرحبا, हिन्दी, ﬁ, Å",
+    "😀👩‍👩‍👧 ½ ① \u00a0\u3000\u200b…",
+    "```python\nfor i in range(10):\n        print(f'{i}!')\n```",
+)
 
-def load_tokenizer(name: str):
-    """The tokenizer of a model folder or a Hub name; InputError where there is none or it is not a fast one."""
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer of a model folder, a .gguf file or a Hub name, as engines read it (no remote code).
+
+    Raises InputError if there is none or if it is not a fast one.
+    """
+    path = Path(name)
+    source = {"pretrained_model_name_or_path": name}
+    if path.suffix == ".gguf":
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except Exception as error:  # a torn tokenizer.json raises a bare Exception
         raise InputError(
-            f"{name}: no tokenizer ({reason}); pass a model folder or a Hub name as --tokenizer"
+            f"{name}: no tokenizer ({_reason(error)}); give a model folder or a Hub name that has one"
         ) from None
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{name}: only fast tokenizers (with tokenizer.json) are supported; convert it first"
         )
+    if path.suffix == ".gguf":
+        _fix_gguf(tokenizer, path)
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _fix_gguf(tokenizer, path: Path) -> None:
+    """Give a byte-level vocabulary the pre-tokenizer that the file names if transformers does not know it."""
+    from gguf import GGUFReader
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    fields = GGUFReader(path).fields
+    kind, name = (
+        fields[key].contents() if key in fields else None
+        for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    )
+    if name == "smollm":  # llama.cpp's name for SmolLM's: digits one by one, then GPT-2's rule
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif kind == "gpt2" and name not in (
+        *("default", "gpt-2", None),
+        *getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()),
+    ):
+        raise InputError(
+            f"{path}: its pre-tokenizer '{name}' is not known here, so ids would be wrong; "
+            "give the original Hugging Face folder instead of the .gguf file"
+        )
+
+
+def own_tokenizer(source: str | Path) -> tuple[object, str | None]:
+    """(the tokenizer of `source`, a warning or None).
+
+    As a rule it is what transformers and the engines read. If that loses text that tokenizer.json keeps
+    (because tokenizer_config.json names a class of another kind), it is tokenizer.json itself.
+    """
+    tokenizer = load_tokenizer(source)
+    if not (Path(source) / FILE).is_file():
+        return tokenizer, None
+    file = from_file(source)
+    text = different_text(file, tokenizer)
+    if text is None:
+        return tokenizer, None
+    name = type(tokenizer).__name__
+    if loses_text(tokenizer) and not loses_text(file):
+        return file, f"{source}: transformers builds a {name} that loses text; the ids of {FILE} are used"
+    return tokenizer, (
+        f"{source}: transformers and the engines build a {name} that reads other ids than {FILE} has, "
+        f"for example for {text!r}; the new folder keeps the ids that they read"
+    )
+
+
+def save_tokenizer(tokenizer, source: str | Path, folder: Path) -> None:
+    """Put the tokenizer of `source` into `folder`; byte for byte if its files alone make it."""
+    source = Path(source)
+    settings = source / "tokenizer_config.json"
+    settings = files.read_json(settings) if settings.is_file() else {}
+    as_published = (
+        (source / FILE).is_file()
+        and "auto_map" not in settings
+        and "tokenizer_class" in settings
+        and different(tokenizer, load_tokenizer(source)) is None
+    )
+    if not as_published:
+        tokenizer.save_pretrained(folder)
+        return
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def from_file(folder: str | Path):
+    """The tokenizer exactly as tokenizer.json in `folder` describes it. Raises InputError."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(
+            f"{folder}: tokenizer.json cannot be read ({_reason(error)}); copy it again"
+        ) from None
+
+
+def _texts(tokenizer) -> list[str]:
+    """The probes, and one text that holds every added token."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return [*PROBES, "".join(f"{token} x\n{token}" for token in added)]
+
+
+def different_text(one, other) -> str | None:
+    """The first probe that two tokenizers read or spell differently, shortened; None if there is none."""
+    for text in _texts(one):
+        for special in (False, True):
+            ids = one(text, add_special_tokens=special)["input_ids"]
+            if ids != other(text, add_special_tokens=special)["input_ids"]:
+                return text[:60]
+        if one.decode(ids) != other.decode(ids):
+            return text[:60]
+    return None
+
+
+def different(one, other) -> str | None:
+    """The first probe or token in which two tokenizers differ; None if they read, spell and know the same."""
+    text = different_text(one, other)
+    first, second = one.get_vocab(), other.get_vocab()
+    return min(token for token, _ in first.items() ^ second.items()) if not text and first != second else text
+
+
+def loses_text(tokenizer) -> bool:
+    """Whether a plain text does not survive reading and writing."""
+    text = "the cat, and 12 hats"
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip() != text
+
+
+def check_same(folder: str | Path, tokenizer) -> None:
+    """InputError if engines read other ids from `folder` than `tokenizer` gives."""
+    text = different(tokenizer, load_tokenizer(folder))
+    if text is not None:
+        raise InputError(
+            f"{folder}: transformers would read other ids from the new folder than from the source, "
+            f"for example for {text!r}; nothing was written"
+        )
 
 
 def fingerprint(tokenizer, first: int | None = None) -> str:
@@ -34,11 +186,11 @@ def fingerprint(tokenizer, first: int | None = None) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def end_ids(folder: str, tokenizer) -> set[int]:
+def end_ids(folder: str | Path, tokenizer) -> set[int]:
     """The ids that end an answer, from a model folder and its tokenizer."""
     ends = {tokenizer.eos_token_id}
     for name in ("config.json", "generation_config.json"):
         if (Path(folder) / name).exists():
-            found = files.read_json(Path(folder) / name).get("eos_token_id")
-            ends |= set(found if isinstance(found, list) else [found])
+            value = files.read_json(Path(folder) / name).get("eos_token_id")
+            ends |= set(value if isinstance(value, list) else [value])
     return ends - {None}

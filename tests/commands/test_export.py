@@ -159,7 +159,7 @@ def test_the_output_is_neither_an_input_nor_around_one_nor_anothers(base_folder,
 
 def test_a_shipped_head_by_its_name(tmp_path, base_folder, monkeypatch):
     head = checkpoint(tmp_path / "heads" / "tiny-vanilla", base_folder)
-    monkeypatch.setattr("fastmtp.export.HEADS", tmp_path / "heads")
+    monkeypatch.setattr("fastmtp.checkpoint.HEADS", tmp_path / "heads")
     export(base_folder, "tiny-vanilla", tmp_path / "out")
     assert torch.equal(
         read_head(tmp_path / "out")[f"{PREFIX}0.input_proj.weight"], head[f"{PREFIX}0.input_proj.weight"]

@@ -1,0 +1,214 @@
+"""A written folder reads a text as its source does, whoever loads it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import save_folder
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fastmtp.cli import InputError
+from fastmtp.export import export
+from fastmtp.prepare_model import prepare
+from fastmtp.tokenizer import PROBES, different, from_file, load_tokenizer, loses_text, own_tokenizer
+
+SHAPE = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+)
+TEXTS = (
+    "we counted 10 and 2024 apples",
+    " one\n\n\ttwo   three \n",
+    "don't say I'LL",
+    "今天 é 🙂",
+    "<|end|>x <|end|>",
+    *PROBES,
+)
+RULE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(pre, normalizer=None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre, decoders.ByteLevel()
+    if normalizer:
+        backend.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=["<|endoftext|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["in 2024 we counted 2024 apples and 1000 pears, don't we?"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+def gpt2_rule():
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def digits_alone():
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_rule()])
+
+
+def split(digits: str):
+    rule = pre_tokenizers.Split(Regex(RULE.replace("DIGITS", digits)), "isolated")
+    return pre_tokenizers.Sequence([rule, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def sentencepiece(legacy: bool | None = None):
+    """Byte fallback and U+2581 for a space; as a plain tokenizer.json, or as transformers' LlamaTokenizer."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
+    for letter in "▁abcdefghijklmnopqrstuvwxyz,.0123456789'":
+        vocab.setdefault(letter, len(vocab))
+    merges = [("▁", "w"), ("▁w", "e"), ("e", "d")]
+    for pair in merges:
+        vocab.setdefault("".join(pair), len(vocab))
+    if legacy is not None:
+        return LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy)
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def with_added_tokens():
+    tokenizer = byte_level(digits_alone())
+    tokenizer.add_tokens(["two apples", AddedToken("<tool>", lstrip=True, rstrip=True)])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    return tokenizer
+
+
+def source_folder(folder: Path, kind: str, tokenizer, **settings) -> Path:
+    """A published Llama or Qwen2 folder; `settings` go into tokenizer_config.json (None: taken out)."""
+    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+    torch.manual_seed(0)
+    model(config(**SHAPE, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    return folder
+
+
+def ids(folder: Path, **how) -> list[list[int]]:
+    """As an engine reads the folder: without remote code."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, **how)
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+KINDS = {
+    "llama, sentencepiece": ("llama", sentencepiece, {}),
+    "llama, digits in threes": ("llama", lambda: byte_level(split(r"\p{N}{1,3}")), {}),
+    "llama, digits alone": ("llama", lambda: byte_level(digits_alone()), {}),
+    "llama, GPT-2's class": (
+        "llama",
+        lambda: byte_level(gpt2_rule()),
+        {"tokenizer_class": "GPT2TokenizerFast"},
+    ),
+    "llama, no class": ("llama", lambda: byte_level(digits_alone()), {"tokenizer_class": None}),
+    "llama, its class, legacy": ("llama", lambda: sentencepiece(True), {"add_bos_token": True}),
+    "llama, its class": ("llama", lambda: sentencepiece(False), {"add_bos_token": True}),
+    "llama, fast class": ("llama", sentencepiece, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}),
+    "llama, added tokens": ("llama", with_added_tokens, {}),
+    "qwen2": (
+        "qwen2",
+        lambda: byte_level(split(r"\p{N}"), normalizers.NFC()),
+        {"tokenizer_class": "Qwen2Tokenizer"},
+    ),
+    "qwen2, another rule": ("qwen2", lambda: byte_level(split(r"\p{N}{1,3}")), {}),
+    "qwen2, no class": ("qwen2", lambda: byte_level(digits_alone()), {"tokenizer_class": None}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_prepared_folder_reads_as_its_source(name, tmp_path):
+    kind, make, settings = KINDS[name]
+    source = source_folder(tmp_path / "source", kind, make(), **settings)
+    prepare(str(source), tmp_path / "out")
+    assert ids(tmp_path / "out") == ids(source) == ids(tmp_path / "out", trust_remote_code=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
+    if settings.get("tokenizer_class", "") is not None:
+        assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_class_that_loses_text_gives_way_to_tokenizer_json(kind, tmp_path, capsys):
+    """transformers takes the class by name and rebuilds a tokenizer without spaces or without letters."""
+    make = sentencepiece if kind == "qwen2" else lambda: byte_level(split(r"\p{N}{1,3}"))
+    source = source_folder(tmp_path / "source", kind, make(), tokenizer_class="LlamaTokenizerFast")
+    assert loses_text(load_tokenizer(source)) and not loses_text(from_file(source))
+    prepare(str(source), tmp_path / "out")
+    assert "loses text" in capsys.readouterr().err
+    own = Tokenizer.from_file(str(source / "tokenizer.json"))
+    assert ids(tmp_path / "out") == [own.encode(text).ids for text in TEXTS]
+
+
+def test_a_note_says_that_tokenizer_json_reads_other_ids(tmp_path, capsys):
+    source = source_folder(tmp_path / "source", "qwen2", byte_level(split(r"\p{N}{1,3}")))
+    prepare(str(source), tmp_path / "out")
+    warning = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warning) == 1 and "tokenizer.json" in warning[0] and str(source) in warning[0]
+
+
+def test_an_export_reads_as_its_base(tmp_path):
+    source = source_folder(tmp_path / "source", "llama", sentencepiece())
+    prepare(str(source), tmp_path / "base")
+    export(tmp_path / "base", tmp_path / "base", tmp_path / "out")
+    assert ids(tmp_path / "out") == ids(source)
+
+
+def test_a_released_folder_reads_as_before(tmp_path):
+    """Its model type is not transformers' own, so its tokenizer.json was read as it is."""
+    source = save_folder(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "mimo"}
+    (source / "config.json").write_text(json.dumps(config))
+    byte_level(split(r"\p{N}{1,3}")).save_pretrained(source)
+    before = ids(source)
+    prepare(str(source), tmp_path / "out")
+    assert ids(tmp_path / "out") == before
+
+
+def test_the_difference_is_named(tmp_path):
+    one, other = byte_level(split(r"\p{N}{1,3}")), byte_level(split(r"\p{N}"))
+    assert different(one, one) is None and "2023" in different(one, other)
+    assert different(one, with_added_tokens()) is not None
+
+
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
+    source = source_folder(tmp_path / "source", "llama", sentencepiece())
+    for content in (None, "{", '{"version": "1.0", "model": {"type": "none"}}', "<html>"):
+        (source / "tokenizer.json").unlink(missing_ok=True)
+        if content:
+            (source / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match="source") as error:
+            own_tokenizer(source)
+        assert "\n" not in str(error.value)
+        with pytest.raises(InputError):
+            prepare(str(source), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
