@@ -16,12 +16,17 @@ from torch import Tensor
 RESAMPLES = 1000
 
 
-def position_rates(histogram: Sequence[int]) -> list[float]:
+def accept_length(output_tokens: int, verify_passes: int) -> float | None:
+    """tau: output tokens per verify pass. None if nothing was verified: unknown, not 1."""
+    return output_tokens / verify_passes if verify_passes else None
+
+
+def position_rates(histogram: Sequence[int]) -> list[float] | None:
     """rates[i] = share of verify passes whose draft i+1 was accepted, from counts of accepted drafts per
-    pass.
+    pass. None if nothing was verified: unknown, not 0.
     """
     passes = sum(histogram)
-    return [sum(histogram[i + 1 :]) / passes if passes else 0.0 for i in range(len(histogram) - 1)]
+    return [sum(histogram[i + 1 :]) / passes for i in range(len(histogram) - 1)] if passes else None
 
 
 @dataclass
@@ -53,37 +58,46 @@ class Acceptance:
         return sum(self.histogram)
 
     @property
-    def accept_length(self) -> float:
-        """tau: output tokens per verify pass."""
-        return self.output_tokens / self.verify_passes if self.verify_passes else 1.0
+    def accept_length(self) -> float | None:
+        return accept_length(self.output_tokens, self.verify_passes)
 
     @property
-    def position_rates(self) -> list[float]:
+    def position_rates(self) -> list[float] | None:
         return position_rates(self.histogram)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95% bootstrap interval of tau over answers."""
+    def interval(self) -> tuple[float, float] | None:
+        """95 % bootstrap interval of tau over answers; None if nothing was verified."""
         return bounds(bootstrap(self.samples))
 
 
-def bootstrap(samples: Sequence[tuple[int, int]]) -> Tensor:
-    """tau of RESAMPLES draws of len(samples) answers with replacement, float64 [RESAMPLES].
+def resample(samples: Sequence[Sequence[float]], draws: int = RESAMPLES) -> Tensor:
+    """Sums [draws, C] of the C columns of `samples`, over len(samples) rows drawn with replacement; float64.
 
-    The draws depend on the number of answers alone, so those of two heads on the same answers are paired: the
+    The draws depend on the number of rows alone, so those of two arms on the same answers are paired: the
     interval of their ratio is that of the gain.
     """
-    counts = torch.tensor(samples, dtype=torch.float64)
+    columns = torch.tensor(samples, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    taus = torch.empty(RESAMPLES, dtype=torch.float64)
-    for i in range(RESAMPLES):
-        tokens, passes = counts[torch.randint(len(counts), (len(counts),), generator=generator)].sum(0)
-        taus[i] = tokens / passes if passes else 1.0
-    return taus
+    sums = torch.empty(draws, columns.shape[1], dtype=torch.float64)
+    for i in range(draws):
+        sums[i] = columns[torch.randint(len(columns), (len(columns),), generator=generator)].sum(0)
+    return sums
 
 
-def bounds(draws: Tensor) -> tuple[float, float]:
-    """The middle 95% of the draws."""
+def bootstrap(samples: Sequence[tuple[int, int]]) -> Tensor:
+    """tau of RESAMPLES draws of the answers in `samples` (output tokens, verify passes), float64
+    [RESAMPLES]. A draw in which nothing was verified is NaN, which `bounds` leaves out.
+    """
+    tokens, passes = resample(samples).T if len(samples) else torch.zeros(2, 0, dtype=torch.float64)
+    return torch.where(passes > 0, tokens / passes, torch.nan)
+
+
+def bounds(draws: Tensor) -> tuple[float, float] | None:
+    """The middle 95 % of the draws that are numbers; None if there is none."""
+    draws = draws[draws.isfinite()]
+    if not len(draws):
+        return None
     low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
     return low, high
 
