@@ -154,7 +154,7 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
                 asyncio.run(ask_servers(urls, args, questions, journal, bar))
         else:
             from fastmtp.data.generate import generate
-            from fastmtp.decoding import load
+            from fastmtp.model import load
 
             model = load(args.model, args.dtype, args.device)
             bar.unpause()

@@ -21,17 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files
-from fastmtp.acceptance import read_samples
-from fastmtp.checkpoint import PREFIX
+from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.decoding import load
+from fastmtp.data.samples import read_samples
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
+from fastmtp.model import check, check_finite, load
 from fastmtp.prepare_model import take_over
+from fastmtp.tokenizer import load_tokenizer
 
 SINKS = 4  # the first positions' states are huge (attention sinks, arXiv 2309.17453) and like no others
 RIDGE = 1e-4  # of the mean square of a feature: directions that the text hardly shows stay small
@@ -42,13 +42,12 @@ def equations(net: MiMoForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Features [T-5, 2H] and targets [T-5, H] of one text, float64, both over the target's root mean square.
     ids: [T].
     """
-    found = net.model(input_ids=ids[None], output_hidden_states=True)
-    states, entering = found.last_hidden_state[0], found.hidden_states[-2][0]
+    result = net.model(input_ids=ids[None], output_hidden_states=True)
+    states, entering = result.last_hidden_state[0], result.hidden_states[-2][0]
     embeds = net.model.embed_tokens(ids)
     head = net.head
-    features = torch.cat([head.hidden_layernorm(states[:-1]), head.token_layernorm(embeds[1:])], dim=-1)[
-        SINKS:
-    ]
+    features = torch.cat([head.hidden_layernorm(states[:-1]), head.token_layernorm(embeds[1:])], dim=-1)
+    features = features[SINKS:]
     targets = entering[1 + SINKS :].double()
     scale = targets.pow(2).mean(-1, keepdim=True).sqrt()
     return features.double() / scale, targets / scale
@@ -61,6 +60,8 @@ def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Ten
     The head of `net` becomes the solved one. InputError for fewer positions than W has columns.
     """
     weight, width = net.lm_head.weight, net.config.hidden_size
+
+    # One pass over the texts: the normal equations, with norms that only normalise.
     for norm in (net.head.hidden_layernorm, net.head.token_layernorm):
         norm.weight.data.fill_(1)
     square = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=weight.device)
@@ -74,11 +75,16 @@ def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Ten
             total, positions = total + y.pow(2).sum().item(), positions + len(x)
     if positions < 2 * width:
         raise InputError(
-            f"--data: {positions} positions for {2 * width} columns; give more samples, best 50 times as many positions"
+            f"--data: {positions} positions for {2 * width} columns; give more samples, "
+            "best 50 times as many positions"
         )
+
+    # Solve them, and say how much of the target's square is explained.
     ridge = RIDGE * square.diagonal().mean() * torch.eye(2 * width, dtype=torch.float64, device=weight.device)
     solved = torch.linalg.solve(square + ridge, cross)
     left = total - 2 * (solved * cross).sum().item() + (solved * (square @ solved)).sum().item()
+
+    # The head takes over the last layer and the final norm as they are.
     take_over(net.head, net.model.layers[-1].state_dict(), solved.T, net.model.norm.weight)
     head = {name: tensor.detach() for name, tensor in net.state_dict().items() if name.startswith(PREFIX)}
     return head, 1 - left / total, positions
@@ -87,7 +93,7 @@ def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Ten
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.fit_head",
-        "Solve a start for a fresh head by least squares, from the model's own answers. Training goes on from it.",
+        "Solve a start for a fresh head by least squares, from the model's own answers, for training.",
         "python -m fastmtp.fit_head --model models/qwen --data distilled.jsonl --out runs/qwen_start\n"
         "python -m fastmtp.export --base models/qwen --head runs/qwen_start --out models/qwen-start",
     )
@@ -110,17 +116,24 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "limit")
+
+    # Everything that can be wrong is read before the weights are.
+    files.check_output(args.out)
+    config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)
+    samples = read_samples(args.data, config.vocab_size, args.limit, tokenizer)
+    texts = [sample["prompt_ids"] + sample["output_ids"] for sample in samples]
+
     model = load(args.model, args.dtype, args.device)
-    samples = read_samples(args.data, model.net.vocab_size, args.limit, model.tokenizer)
-    head, explained, positions = fit(model.net, [s["prompt_ids"] + s["output_ids"] for s in samples])
+    head, explained, positions = fit(model.net, texts)
+    check_finite(args.out, head)
     with files.atomic(Path(args.out)) as folder:
         folder.mkdir()
-        save_file(head, folder / "model.safetensors", metadata={"format": "pt"})
-        files.write_provenance(
-            folder, vars(args) | {"positions": positions, "explained": explained}, [args.data]
-        )
+        save_head(folder, head)
+        facts = {"positions": positions, "explained": explained}
+        files.write_provenance(folder, vars(args) | facts, [args.data])
     print(
-        f"fitted {args.out}: {positions} positions, {100 * explained:.1f} % of the last layer's input explained"
+        f"fitted {args.out}: {positions} positions, "
+        f"{100 * explained:.1f} % of the last layer's input explained"
     )
 
 

@@ -13,43 +13,85 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from fastmtp import files, markdown
+from fastmtp.cli import InputError, Parser, run
+from fastmtp.decoding import summarise
+from fastmtp.markdown import number
+from fastmtp.tau import Acceptance
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+Curves = dict[str, list[tuple[int, float]]]  # {"mtp_loss_k": [(optimiser step, loss in nats per token)]}
+Pooled = dict[tuple[str, str], Acceptance]  # by head and map
 
-from fastmtp import files  # noqa: E402
-from fastmtp.cli import InputError, Parser, run  # noqa: E402
-from fastmtp.decoding import summarise  # noqa: E402
-from fastmtp.tau import Acceptance  # noqa: E402
+DECODING = """## Decoding, greedy, one stream
+
+Plain and drafted decoding of the same prompts in one run, in turn; prefill excluded. In bfloat16 the two may
+part where two tokens are nearly equally likely, because kernels round differently for one row and for four;
+float32 shows whether the method loses anything.
+"""
+ACCEPTANCE = """## Heads, from one teacher-forced pass over the same answers
+
+tau: output tokens per verify pass. Draft k: share of verify passes whose draft k was accepted.
+"""
 
 
-def read_losses(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """{"mtp_loss_k": [(optimiser step, loss in nats a token)]} from ms-swift's log. InputError if it has
-    none.
-    """
+def read_losses(folder: str | Path) -> Curves:
+    """The loss of each step from ms-swift's log. Raises InputError if it has none."""
     path = Path(folder) / "logging.jsonl"
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for _, row in files.read_jsonl(path):
+    curves: Curves = {}
+    for place, row in files.read_jsonl(path):
+        if "learning_rate" not in row:  # the closing summary, an evaluation
+            continue
         for key, value in row.items():
-            if key.startswith("mtp_loss_") and "learning_rate" in row:
-                curves.setdefault(key, []).append(
-                    (int(str(row["global_step/max_steps"]).split("/")[0]), float(value))
-                )
+            if key.startswith("mtp_loss_"):
+                try:
+                    step = int(str(row["global_step/max_steps"]).split("/")[0])
+                    curves.setdefault(key, []).append((step, float(value)))
+                except (KeyError, TypeError, ValueError):
+                    raise InputError(
+                        f"{path}:{place}: not a line of ms-swift's log; fix or remove it"
+                    ) from None
     if not curves:
         raise InputError(f"{path}: no mtp_loss in it; give the output_dir of a run of fastmtp.train")
     return curves
 
 
-def read_acceptance(path: str | Path) -> dict[tuple[str, str], Acceptance]:
-    """{(head, map): pooled acceptance} from fastmtp.acceptance's JSON, in the file's order."""
-    pooled: dict[tuple[str, str], Acceptance] = {}
-    for row in files.read_json(path).get("rows", []):
+def read_acceptance(path: str | Path) -> Pooled:
+    """Pooled acceptance from fastmtp.acceptance's JSON, in the file's order. Raises InputError."""
+    rows = files.read_json(path).get("rows")
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: no rows; write it with fastmtp.acceptance --out")
+    pooled: Pooled = {}
+    for number_, row in enumerate(rows):
+        if not is_row(row, {"head": str, "map": str, "output_tokens": int, "histogram": list}):
+            raise InputError(f"{path}: row {number_} is not fastmtp.acceptance's; write it with --out again")
         part = pooled.setdefault((row["head"], row["map"]), Acceptance())
         part.add(row["output_tokens"], row["histogram"])
-    if not pooled:
-        raise InputError(f"{path}: empty; write it with fastmtp.acceptance --out")
+    if len({len(part.histogram) for part in pooled.values()}) > 1:
+        raise InputError(f"{path}: rows of different --num-steps; write it with fastmtp.acceptance again")
     return pooled
+
+
+def read_decoding(path: str | Path) -> dict:
+    """Pooled figures of fastmtp.decoding's rows. Raises InputError."""
+    kinds = {"output_ids": list, "verify_passes": int, "histogram": list, "identical": bool}
+    kinds |= {"plain_s": (int, float), "draft_s": (int, float)}
+    rows = []
+    for place, row in files.read_jsonl(path):
+        if not is_row(row, kinds) or (rows and len(row["histogram"]) != len(rows[0]["histogram"])):
+            raise InputError(f"{path}:{place}: not a row of fastmtp.decoding; give its --out")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no rows; give the --out of fastmtp.decoding")
+    return summarise(rows)
+
+
+def is_row(row: object, kinds: dict) -> bool:
+    """Whether an object has the keys of `kinds` with values of these kinds, and counts in its histogram."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+        and all(type(count) is int and count >= 0 for count in row["histogram"])
+    )
 
 
 def head_name(head: str) -> str:
@@ -58,97 +100,83 @@ def head_name(head: str) -> str:
     return path.parent.name if "checkpoint" in path.name else path.name
 
 
-def draw_losses(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, points in sorted(curves.items()):
-        axes.plot(*zip(*points, strict=True), label=f"step {name.removeprefix('mtp_loss_')}", linewidth=1.8)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats a token)", title="Loss of each recursive step")
+def draw(out: Path, curves: Curves | None, pooled: Pooled | None) -> None:
+    """losses.png and acceptance.png, those that there is something for."""
+    from fastmtp import plots  # needs matplotlib, which a report of decoding alone does without
+
+    if curves:
+        figure, axes = plots.plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for name, points in sorted(curves.items()):
+            axes.plot(*zip(*points, strict=True), label=f"step {name.removeprefix('mtp_loss_')}")
+        axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title="Loss of each recursive step")
+        _finish(plots, figure, axes, out / "losses.png")
+    if pooled:
+        figure, axes = plots.plt.subplots(figsize=(7, 4.2), layout="constrained")
+        heads = list(dict.fromkeys(head for head, _ in pooled))
+        for (head, map_), part in pooled.items():
+            if part.position_rates is None:  # nothing was verified, so there is no curve
+                continue
+            rates = [100 * rate for rate in part.position_rates]
+            label = f"{head_name(head)}{'' if map_ == 'full' else f' + {map_}'}: tau {part.accept_length:.2f}"
+            look = plots.style(heads.index(head)) | {"linestyle": "-" if map_ == "full" else "--"}
+            axes.plot(range(1, len(rates) + 1), rates, label=label, **look)
+        axes.set(xlabel="draft position", ylabel="accepted (% of verify passes)", ylim=(0, None))
+        axes.set_title("Acceptance")
+        _finish(plots, figure, axes, out / "acceptance.png")
+
+
+def _finish(plots, figure, axes, path: Path) -> None:
+    plots.whole_numbers(axes.xaxis)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    _save(figure, path)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    plots.save(figure, path)
 
 
-def draw_acceptance(pooled: dict[tuple[str, str], Acceptance], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    heads = list(dict.fromkeys(head for head, _ in pooled))
-    for (head, map_), part in pooled.items():
-        rates = [100 * rate for rate in part.position_rates]
-        label = f"{head_name(head)}{'' if map_ == 'full' else f' + {map_}'}: tau {part.accept_length:.2f}"
-        style = "o-" if map_ == "full" else "s--"
-        axes.plot(
-            range(1, len(rates) + 1), rates, style, label=label, color=f"C{heads.index(head)}", linewidth=1.8
-        )
-    axes.set(
-        xlabel="draft position", ylabel="accepted (% of verify passes)", ylim=(0, None), title="Acceptance"
-    )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    with files.atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=140)
-    plt.close(figure)
-
-
-def heads_table(pooled: dict[tuple[str, str], Acceptance]) -> list[str]:
+def heads_table(pooled: Pooled) -> str:
     steps = len(next(iter(pooled.values())).histogram) - 1
-    lines = ["| head | map | tau | " + " | ".join(f"draft {i + 1}" for i in range(steps)) + " |"]
-    lines.append("|---|---|---:|" + "---:|" * steps)
+    rows = []
     for (head, map_), part in pooled.items():
-        rates = " | ".join(f"{100 * rate:.1f} %" for rate in part.position_rates)
-        lines.append(f"| {head_name(head)} | {map_} | {part.accept_length:.3f} | {rates} |")
-    return lines
+        rates = [number(rate, ".1%").replace("%", " %") for rate in part.position_rates or [None] * steps]
+        rows.append([head_name(head), map_, number(part.accept_length, ".3f"), *rates])
+    return markdown.grid(["head", "map", "tau", *(f"draft {i + 1}" for i in range(steps))], rows, text=2)
 
 
-def decoding_table(runs: dict[str, dict]) -> list[str]:
-    lines = [
-        "| run | prompts | tokens | tau | plain tokens/s | with drafts tokens/s | speed-up | identical |"
-    ]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+def decoding_table(runs: dict[str, dict]) -> str:
+    head = ["run", "prompts", "tokens", "tau", "plain tokens/s", "with drafts tokens/s"]
+    head += ["speed-up", "identical"]
+    rows = []
     for name, f in runs.items():
-        plain, drafted = f["output_tokens"] / f["plain_s"], f["output_tokens"] / f["draft_s"]
-        lines.append(
-            f"| {name} | {f['questions']} | {f['output_tokens']} | {f['accept_length']:.3f} | {plain:.1f} | {drafted:.1f} | "
-            f"{f['speedup']:.2f} | {f['identical']} of {f['questions']} |"
+        speeds = [f["output_tokens"] / f[key] if f[key] else None for key in ("plain_s", "draft_s")]
+        rows.append(
+            [
+                *(name, f["questions"], f["output_tokens"], number(f["accept_length"], ".3f")),
+                *(number(speed, ".1f") for speed in speeds),
+                *(number(f["speedup"], ".2f"), f"{f['identical']} of {f['questions']}"),
+            ]
         )
-    return lines
+    return markdown.grid(head, rows, text=1)
 
 
 def report(train: str | None, acceptance: str | None, decoding: Sequence[str], out: str | Path) -> None:
     """Write report.md and its pictures into `out`; parts that are not given are left out."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    runs = {Path(path).stem: read_decoding(path) for path in decoding}
+    if len(runs) < len(decoding):
+        raise InputError("--decoding: two files of one name; rename one of them")
+    pooled = read_acceptance(acceptance) if acceptance else None
+    curves = read_losses(train) if train else None
+
+    files.claim(out, folder=True)
+    if curves or pooled:
+        draw(out, curves, pooled)
     lines = ["# Report", ""]
-    if decoding:
-        runs = {Path(path).stem: summarise([row for _, row in files.read_jsonl(path)]) for path in decoding}
-        lines += [
-            "## Decoding, greedy, one stream",
-            "",
-            "Plain and drafted decoding of the same prompts in one run, in turn; prefill excluded. In bfloat16 the two may",
-            "part where two tokens are nearly equally likely, because kernels round differently for one row and for four;",
-            "float32 shows whether the method loses anything.",
-            "",
-            *decoding_table(runs),
-            "",
-        ]
-    if acceptance:
-        pooled = read_acceptance(acceptance)
-        draw_acceptance(pooled, out / "acceptance.png")
-        lines += [
-            "## Heads, from one teacher-forced pass over the same answers",
-            "",
-            "tau: output tokens per verify pass. Draft k: share of verify passes whose draft k was accepted.",
-            "",
-            *heads_table(pooled),
-            "",
-            "![acceptance at each draft position](acceptance.png)",
-            "",
-        ]
-    if train:
-        draw_losses(read_losses(train), out / "losses.png")
+    if runs:
+        lines += [DECODING, decoding_table(runs), ""]
+    if pooled:
+        lines += [ACCEPTANCE, heads_table(pooled), ""]
+        lines += ["![acceptance at each draft position](acceptance.png)", ""]
+    if curves:
         lines += ["## Training", "", "![loss of each recursive step](losses.png)", ""]
     with files.atomic(out / "report.md") as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
@@ -158,7 +186,7 @@ def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.report",
         "Markdown table and pictures of a run.",
-        "python -m fastmtp.report --train runs/quickstart --acceptance results/quickstart/acceptance.json \\\n"
+        "python -m fastmtp.report --train runs/quickstart --acceptance acceptance.json \\\n"
         "    --decoding results/quickstart/float32.jsonl --out results/quickstart",
     )
     p.add_argument("--train", help="output_dir of a training run: loss curves")
@@ -173,6 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.train or args.acceptance or args.decoding):
         raise InputError("nothing to report; give --train, --acceptance or --decoding")
     report(args.train, args.acceptance, args.decoding, args.out)
+    sources = [*args.decoding, *([args.acceptance] if args.acceptance else [])]
+    sources += [Path(args.train) / "logging.jsonl"] if args.train else []
+    files.write_provenance(args.out, vars(args), sources)
     print(json.dumps({"report": str(Path(args.out) / "report.md")}))
 
 

@@ -24,11 +24,12 @@ from swift.model import ModelGroup, ModelLoader, ModelMeta, register_model
 from swift.template import Template, TemplateMeta, register_template
 from torch.distributed.tensor import DTensor
 
-from fastmtp.acceptance import measure, pooled, read_samples
+from fastmtp.acceptance import measure, pooled
 from fastmtp.chat import encode_chat
 from fastmtp.checkpoint import PREFIX
-from fastmtp.decoding import Model
+from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
+from fastmtp.model import Model
 
 NAME = "fastmtp_mimo"
 
@@ -129,6 +130,7 @@ class TauCallback(TrainerCallback):
         self.samples = read_samples(
             path, vocab_size, int(limit) if limit else None, trainer.template.tokenizer
         )
+        check_measurable(path, self.samples)
 
     @property
     def net(self) -> MiMoForCausalLM:

@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 
 from benchmarks.ablation.table import report
 from fastmtp import files
-from fastmtp.acceptance import measure_at, read_samples
+from fastmtp.acceptance import measure_at
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.decoding import load
+from fastmtp.data.samples import read_samples
 from fastmtp.export import export
+from fastmtp.model import load
 from fastmtp.train import HEAD_KEYS, apply_overrides, check, train
 from fastmtp.yaml_file import read_mapping
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files
-from fastmtp.acceptance import FULL, as_json, followed, read_samples, table
-from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.acceptance import FULL, as_json, followed, table
+from fastmtp.cli import Parser, at_least, run
+from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.recursion import shift
 from fastmtp.tau import Acceptance, walk
 from fastmtp.tokenizer import load_tokenizer
@@ -68,8 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     vocab = read_vocab(args.token_maps, AUTO, tokenizer, len(tokenizer))
     samples = read_samples(args.data, len(tokenizer))
-    if all(len(sample["output_ids"]) < 2 for sample in samples):
-        raise InputError(f"{args.data}: no answer has two tokens; give distilled samples")
+    check_measurable(args.data, samples)
     found = bound(vocab, samples, args.num_steps)
     files.write_json(args.out, {"num_steps": args.num_steps, "rows": as_json(found, "always right")})
     files.write_provenance(args.out, vars(args), [args.data, *parse_maps(args.token_maps).values()])

@@ -17,7 +17,7 @@ from fastmtp.chat import prompt_ids
 from fastmtp.data.journal import Journal, sample, too_long
 from fastmtp.data.mixture import Sampling
 from fastmtp.data.prompts import Chat
-from fastmtp.decoding import Model
+from fastmtp.model import Model
 
 WINDOW = 16384  # prompts held at a time, to be batched with others of like length
 

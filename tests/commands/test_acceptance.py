@@ -11,8 +11,7 @@ from helpers.tiny import tiny_model, wrap
 from fastmtp.acceptance import FULL, as_json, draft_hits, measure, measure_at, pooled, read_samples, table
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError
-from fastmtp.decoding import generate
-from fastmtp.tau import Acceptance, bootstrap, walk
+from fastmtp.speculative import generate
 
 
 def samples_of(useful, count: int = 30) -> list[dict]:
@@ -112,16 +111,6 @@ def test_hits_are_those_of_the_greedy_chain(useful):
             assert bool(found[FULL][i, k]) == bool(wanted)
 
 
-def test_walk_by_hand():
-    yes, no = True, False
-    hits = torch.tensor([[yes, yes], [no, yes], [yes, no], [no, no], [yes, no]])
-    # six tokens: pass 1 keeps 2 drafts + 1, pass 2 (row 3) keeps 1, pass 3 (row 4) has one place left, a
-    # draft
-    assert walk(hits) == [1, 1, 1]
-    assert walk(torch.zeros(4, 3, dtype=torch.bool)) == [4, 0, 0, 0]
-    assert walk(torch.zeros(0, 2, dtype=torch.bool)) == [0, 0, 0]
-
-
 def test_rows_by_source_and_map(useful):
     found = measure(useful.model, samples_of(useful), 2, {"small": useful.token_map})
     assert set(found) == {(s, "en", m) for s in ("s0", "s1") for m in (FULL, "small")}
@@ -136,21 +125,6 @@ def test_several_k_from_one_pass_are_those_measured_alone(useful):
     for steps, found in measure_at(useful.model, samples, [1, 2, 5], {"map": useful.token_map}).items():
         alone = measure(useful.model, samples, steps, {"map": useful.token_map}, batch_tokens=200)
         assert found == alone and len(pooled(found).histogram) == steps + 1
-
-
-def test_the_interval_is_that_of_resampled_answers():
-    """Equal answers leave no doubt; of two kinds, tau lies between theirs; the draws of two heads are the
-    same answers.
-    """
-    same, mixed = Acceptance(), Acceptance()
-    for i in range(40):
-        same.add(20, [4, 8])
-        mixed.add(20, [4, 8] if i % 2 else [18, 1])
-    assert same.interval == pytest.approx((20 / 12, 20 / 12))
-    low, high = mixed.interval
-    assert 20 / 19 < low < mixed.accept_length < high < 20 / 12
-    doubled = bootstrap([(2 * tokens, passes) for tokens, passes in mixed.samples])
-    assert torch.equal(doubled, 2 * bootstrap(mixed.samples))
 
 
 def test_curated_rows_are_measured_like_distilled_ones(tmp_path, tokenizer):

@@ -1,4 +1,4 @@
-"""The reference decoder loses nothing: greedy token for token, sampled in distribution; and it counts right."""
+"""The reference decoder loses nothing: greedy token for token, sampled in distribution; it counts right."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,7 @@ from torch import nn
 
 from fastmtp import decoding
 from fastmtp.checkpoint import read_head
-from fastmtp.decoding import accept_greedy, accept_sampled, generate
-from fastmtp.tau import position_rates
+from fastmtp.speculative import accept_greedy, accept_sampled, generate
 
 VOCAB = 97
 MAP = torch.arange(0, VOCAB, 3)
@@ -101,11 +100,6 @@ def test_accept_greedy():
     assert accept_greedy([1, 2, 3], [1, 9, 3, 4]) == (1, 9)
     assert accept_greedy([1], [2, 3]) == (0, 2)
     assert accept_greedy([], [6]) == (0, 6)
-
-
-def test_position_rates():
-    assert position_rates([5, 3, 2]) == [0.5, 0.2]
-    assert position_rates([0, 0]) == [0.0]
 
 
 # ---------------------------------------------------------------- sampling
@@ -202,7 +196,9 @@ class TableNet:
 def test_sampled_texts_are_distributed_as_the_model(mapped, monkeypatch):
     """Joint chi-square over the first three tokens of texts decoded with drafts, every seed another text."""
     net = TableNet()
-    monkeypatch.setattr("fastmtp.decoding.DynamicCache", lambda config: SimpleNamespace(crop=lambda n: None))
+    monkeypatch.setattr(
+        "fastmtp.speculative.DynamicCache", lambda config: SimpleNamespace(crop=lambda n: None)
+    )
     token_map = torch.tensor([1, 3]) if mapped else None
     counts, draws = torch.zeros(4, 4, 4), 20_000
     model = wrap(net)

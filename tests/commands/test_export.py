@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmtp.checkpoint import HEAD_TENSORS, PREFIX, read_head
 from fastmtp.cli import InputError
-from fastmtp.decoding import load
 from fastmtp.export import export
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
+from fastmtp.model import load
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

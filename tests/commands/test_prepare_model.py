@@ -21,8 +21,8 @@ from transformers import (
 
 from fastmtp.checkpoint import HEAD_TENSORS, read_head
 from fastmtp.cli import InputError
-from fastmtp.decoding import load
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.model import load
 from fastmtp.prepare_model import prepare
 
 SHAPE = dict(

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from fastmtp.acceptance import measure, pooled, read_samples
 from fastmtp.checkpoint import HEAD_TENSORS, PREFIX, read_head
-from fastmtp.decoding import load
 from fastmtp.export import export
+from fastmtp.model import load
 
 pytest.importorskip("swift")
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ from helpers.tiny import save_folder, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmtp.decoding import load
 from fastmtp.head import losses, teacher
 from fastmtp.head.losses import IGNORE, cross_entropy, mtp_loss, step_targets, step_weights
+from fastmtp.model import load
 
 VOCAB = 97
 

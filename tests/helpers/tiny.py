@@ -1,4 +1,4 @@
-"""What the tests of the core share: random MiMo models small enough to check by hand, and a ChatML tokenizer."""
+"""What the tests of the core share: random MiMo models small enough to check by hand, a ChatML tokenizer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastmtp.checkpoint import finish_folder
-from fastmtp.decoding import Model, generate
 from fastmtp.head.losses import IGNORE
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.model import Model
+from fastmtp.speculative import generate
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -11,7 +11,7 @@ from helpers.tiny import chatml_tokenizer
 from fastmtp import acceptance, decoding
 from fastmtp.acceptance import measure_at, pooled
 from fastmtp.cli import InputError
-from fastmtp.decoding import generate
+from fastmtp.speculative import generate
 from fastmtp.tokenizer import fingerprint
 from fastmtp.vocab.draft_vocab import LOOK_EVERY, DraftVocab, mix, names_by_anchor, read
 from fastmtp.vocab.lang import LANGUAGES, detect

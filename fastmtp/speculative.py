@@ -1,0 +1,261 @@
+"""Speculative decoding with one MTP head, short enough to check by eye: lossless, CPU or GPU, one stream.
+
+A cycle: the head drafts K tokens from the last committed backbone state, the backbone verifies them in one
+forward pass, the longest right prefix and one token of the backbone's own are kept. Greedy decoding keeps the
+draft that equals the backbone's argmax; at a temperature the rule of Leviathan et al. (arXiv 2211.17192)
+accepts a draft x with probability min(1, p(x)/q(x)) and otherwise samples from the residual, which leaves the
+backbone's distribution. The head's keys of committed tokens always come from true backbone states
+(recursion.py, `exact`).
+
+    generate(load("models/smollm2"), [1, 2, 3], max_new_tokens=64, num_steps=3).ids
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastmtp.head.modeling_mimo import MiMoForCausalLM, attention_of
+from fastmtp.model import Model
+from fastmtp.vocab.draft_vocab import DraftVocab
+
+ATTENTION = "fastmtp_decoding"  # transformers' name for the attention below
+
+
+def attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: as its `sdpa`, without the copies of keys and values that it makes
+    for a mask.
+
+    query: [1, Hq, n, D]; key, value: [1, Hkv, T, D]; attention_mask: [n, T] bool, or None: causal. Returns
+    [1, n, Hq, D].
+    """
+    causal = attention_mask is None and query.shape[2] > 1
+    context = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, enable_gqa=True
+    )
+    return context.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+
+
+@dataclass
+class Generation:
+    """One answer. ids: output tokens, the end token included; histogram[j]: verify passes with j accepted
+    drafts.
+    """
+
+    ids: list[int]
+    verify_passes: int
+    histogram: list[int]
+    prefill_s: float
+    decode_s: float
+
+
+class Backbone:
+    """The model that decides, with its key/value cache."""
+
+    def __init__(self, net: MiMoForCausalLM):
+        self.net, self.cache = net, DynamicCache(config=net.config)
+        self.device = net.lm_head.weight.device
+
+    def forward(self, ids: list[int], start: int, keep: int) -> tuple[Tensor, Tensor]:
+        """Read `ids` at positions start..: their states [1, n, H], logits [keep, V] of the last ones."""
+        n, mask = len(ids), None
+        if start and n > 1:  # several queries behind a cache: a causal mask cannot be implied
+            mask = torch.ones(n, start + n, dtype=torch.bool, device=self.device).tril(start)
+        with attention_of(self.net.config, ATTENTION):
+            states = self.net.model(
+                input_ids=torch.tensor([ids], device=self.device),
+                attention_mask={"full_attention": mask},
+                position_ids=torch.arange(start, start + n, device=self.device)[None],
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+        return states, self.net.lm_head(states[0, -keep:])
+
+    def forget(self, count: int) -> None:
+        """Drop the last `count` positions: drafts that were rejected."""
+        if count:  # newer transformers count what to remove; older ones empty the cache at 0
+            self.cache.crop(-count)
+
+
+class Choice:
+    """How a token is chosen from logits: the likeliest at temperature 0, else drawn."""
+
+    def __init__(self, temperature: float, seed: int, device: torch.device):
+        self.temperature = temperature
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return (logits.float() / self.temperature).softmax(-1)
+
+    def pick(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """logits [V'] -> (row, the distribution [V'] that it was drawn from; None if greedy)."""
+        if not self.temperature:
+            return logits.argmax(), None
+        p = self.probabilities(logits)
+        return torch.multinomial(p, 1, generator=self.generator)[0], p
+
+    def verify(self, drafts: list[int], q: Tensor | None, logits: Tensor) -> tuple[int, int]:
+        """(accepted drafts, next token) from the backbone's logits [K+1, V]; q: [K, V] as `draft` gives."""
+        if not self.temperature:
+            return accept_greedy(drafts, logits.argmax(-1).tolist())
+        return accept_sampled(drafts, q, self.probabilities(logits), self.generator)
+
+
+class Drafter:
+    """The head with its own key/value cache; slot = position, so a draft's keys are overwritten once it is
+    decided.
+    """
+
+    def __init__(self, net: MiMoForCausalLM, capacity: int, token_map: Tensor | None):
+        head = net.head
+        shape = (1, net.config.num_key_value_heads, capacity, head.self_attn.head_dim)
+        weight = net.lm_head.weight
+        self.net, self.head = net, head
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self.source: Tensor | None = (
+            None  # the map as it was handed over: a switch costs a copy, staying none
+        )
+        self.token_map, self.weight = None, weight
+        self.use(token_map)
+
+    def use(self, token_map: Tensor | None) -> None:
+        """Draft from this map's ids [K] from now on; None: from all."""
+        if token_map is not self.source:
+            self.source = token_map
+            self.token_map = token_map.to(self.weight.device)
+            self.weight = self.net.lm_head.weight[self.token_map]
+
+    def step(self, hidden: Tensor, tokens: Tensor, start: int) -> Tensor:
+        """Run positions start..start+n-1 and keep their keys. hidden [1, n, H], tokens [1, n] -> last g [1,
+        1, H].
+        """
+        n = tokens.shape[1]
+        embeds = self.net.model.embed_tokens(tokens)
+        if start == 0:
+            embeds[:, 0] = 0  # as engines do: recursion.recurse
+        positions = torch.arange(start, start + n, device=tokens.device)[None]
+        fused = self.head.fuse(hidden, embeds)
+        q, k, v = self.head.qkv(fused, *self.net.rope(positions))
+        end = start + n
+        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
+        mask = None
+        if n > 1:
+            mask = torch.ones(n, end, dtype=torch.bool, device=tokens.device).tril(start)
+        context = F.scaled_dot_product_attention(
+            q, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=mask, enable_gqa=True
+        )
+        return self.head.finish(fused[:, -1:], context[:, :, -1:])
+
+    def draft(
+        self, state: Tensor, position: int, num_steps: int, choice: Choice
+    ) -> tuple[list[int], Tensor | None]:
+        """K tokens from g at `position` [1, 1, H], and the distributions [K, V] of a temperature."""
+        drafts, q = [], []
+        for step in range(num_steps):
+            if step:
+                state = self.step(state, drafts[-1].view(1, 1), position + step)
+            row, p = choice.pick(F.linear(state[0, -1], self.weight))
+            drafts.append(row if self.token_map is None else self.token_map[row])
+            if p is not None:  # over the whole vocabulary: outside the map nothing is ever drafted
+                full = p if self.token_map is None else p.new_zeros(self.net.vocab_size)
+                q.append(full if self.token_map is None else full.scatter_(0, self.token_map, p))
+        return torch.stack(drafts).tolist(), torch.stack(q) if q else None
+
+
+def accept_greedy(drafts: list[int], choices: list[int]) -> tuple[int, int]:
+    """(accepted drafts, next token): the longest prefix of `drafts` that equals the backbone's argmaxes
+    `choices`.
+    """
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
+        accepted += 1
+    return accepted, choices[accepted]
+
+
+def accept_sampled(drafts: list[int], q: Tensor, p: Tensor, generator: torch.Generator) -> tuple[int, int]:
+    """(accepted drafts, next token) by speculative sampling (arXiv 2211.17192, algorithm 1).
+
+    q: [K, V] draft distributions; p: [K+1, V] the backbone's; the kept tokens are distributed as p alone.
+    """
+    for i, token in enumerate(drafts):
+        u = torch.rand((), generator=generator, device=generator.device).item()
+        if u * q[i, token].item() >= p[i, token].item():
+            residual = (p[i] - q[i]).clamp(min=0)
+            if not residual.any():  # p and q equal but for rounding
+                residual = p[i]
+            return i, int(torch.multinomial(residual, 1, generator=generator))
+    return len(drafts), int(torch.multinomial(p[len(drafts)], 1, generator=generator))
+
+
+@torch.inference_mode()
+def generate(
+    model: Model,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    num_steps: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    token_map: Tensor | DraftVocab | None = None,
+    eos_ids: set[int] | None = None,
+) -> Generation:
+    """Decode one prompt with `num_steps` drafts per cycle; 0 is plain decoding, through the same code.
+
+    Stops after a token of `eos_ids` (default: the model's) or at `max_new_tokens`. A DraftVocab as
+    `token_map` chooses the map anew before each cycle.
+    """
+    ends = model.eos_ids if eos_ids is None else eos_ids
+    tokens, goal = list(prompt_ids), len(prompt_ids) + max_new_tokens
+    backbone = Backbone(model.net)
+    choice = Choice(temperature, seed, backbone.device)
+    following = num_steps > 0 and isinstance(token_map, DraftVocab)
+    follower = token_map.follow(prompt_ids) if following else None
+    drafter = Drafter(model.net, goal + num_steps + 1, None if follower else token_map) if num_steps else None
+
+    # Prefill: the backbone reads the prompt and gives the first token; the head reads both.
+    started = time.perf_counter()
+    states, logits = backbone.forward(tokens, 0, 1)
+    tokens.append(int(choice.pick(logits[0])[0]))
+    if drafter:
+        state = drafter.step(states, torch.tensor([tokens[1:]], device=backbone.device), 0)
+    prefilled = time.perf_counter()
+
+    histogram = [0] * (num_steps + 1)
+    while tokens[-1] not in ends and len(tokens) < goal:
+        # Draft after the newest token, which the backbone has not read yet.
+        last = len(tokens) - 1
+        if follower:
+            drafter.use(token_map.maps[follower.look(tokens[len(prompt_ids) :])])
+        drafts, q = drafter.draft(state, last - 1, num_steps, choice) if drafter else ([], None)
+
+        # Verify all drafts in one pass; the rejected ones leave the cache.
+        states, logits = backbone.forward([tokens[-1], *drafts], last, len(drafts) + 1)
+        accepted, extra = choice.verify(drafts, q, logits)
+        backbone.forget(len(drafts) - accepted)
+
+        # Keep what comes before the end token and the limit.
+        new = [*drafts[:accepted], extra]
+        stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+        kept = new[: min(stop, goal - len(tokens))]
+        histogram[min(accepted, len(kept))] += 1
+        tokens += kept
+
+        # The head's keys of kept tokens come from true states of the backbone.
+        if drafter and len(kept) == len(new):
+            read = torch.tensor([new], device=backbone.device)
+            state = drafter.step(states[:, : accepted + 1], read, last)
+    decoded = time.perf_counter()
+    output = tokens[len(prompt_ids) :]
+    return Generation(output, sum(histogram), histogram, prefilled - started, decoded - prefilled)
