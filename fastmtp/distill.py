@@ -6,7 +6,7 @@ the run. Token ids are kept exactly, every answer of a chat is redone in order, 
 with the same command: answers are kept by what was asked, so prompts that were answered before are not asked
 again.
 
-    python -m fastmtp.distill --model models/smollm2 --prompts examples/prompts.jsonl --split train --out distilled.jsonl
+    python -m fastmtp.distill --model models/smollm2 --prompts examples/prompts.jsonl --out distilled.jsonl
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
 from fastmtp.data.journal import Journal
 from fastmtp.data.mixture import DataConfig, Sampling, load_samplings
 from fastmtp.data.prompts import Chat, chats, file_rows, limited, listed_rows
+from fastmtp.data.rendering import check_template
+from fastmtp.engines.address import api_key
 from fastmtp.engines.process import ServerError
-from fastmtp.tokenizer import end_ids, load_tokenizer
 from fastmtp.yaml_file import load_yaml
 
 
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.distill",
-        "Let the model answer every prompt; write its answers with exact token ids. Flags after -- go to SGLang.",
+        "Let the model answer every prompt and keep the exact token ids. Flags after -- go to SGLang.",
         "python -m fastmtp.distill --model models/smollm2 --prompts examples/prompts.jsonl --split train \\\n"
         "    --max-new-tokens 128 --out data/distilled.jsonl\n"
-        "python -m fastmtp.distill --model models/smollm2 --data configs/data/local.yaml --engines 2 --in-flight 2048 \\\n"
-        "    --out data/distilled.jsonl",
+        "python -m fastmtp.distill --model models/smollm2 --data configs/data/local.yaml --engines 2 \\\n"
+        "    --in-flight 2048 --out data/distilled.jsonl",
     )
     p.add_argument(
         "--model", required=True, help="model folder; with --server, the one that the server serves"
@@ -54,7 +55,7 @@ def parser() -> Parser:
     p.add_argument(
         "--out",
         required=True,
-        help="distilled samples, jsonl; what got no answer goes to failed.jsonl beside it",
+        help="distilled samples, jsonl; what got no answer goes to NAME.failed.jsonl beside it",
     )
     way = p.add_mutually_exclusive_group()
     way.add_argument(
@@ -63,6 +64,7 @@ def parser() -> Parser:
     way.add_argument(
         "--engines", type=int, metavar="N", help="start N SGLang engines on the visible GPUs and ask them"
     )
+    p.add_argument("--api-key", help="of --server; OPENAI_API_KEY of the environment otherwise")
     p.add_argument(
         "--in-flight", type=int, default=1024, help="chats asked of servers at a time (default %(default)s)"
     )
@@ -128,10 +130,8 @@ async def ask_servers(urls: list[str], args, questions: Questions, journal: Jour
     from fastmtp.data.converse import converse_all
     from fastmtp.data.servers import Servers
 
-    tokenizer = load_tokenizer(args.model)
-    context = files.read_json(Path(args.model) / "config.json")["max_position_embeddings"]
-    async with Servers(urls, tokenizer, end_ids(args.model, tokenizer), args.timeout) as servers:
-        await converse_all(questions.chats(), servers, context, args.in_flight, journal, bar)
+    async with Servers(urls, args.model, args.timeout, args.api_key) as servers:
+        await converse_all(questions.chats(), servers, args.in_flight, journal, bar)
 
 
 def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -> None:
@@ -143,6 +143,7 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
     )
     with bar:
         if args.server:
+            args.api_key = api_key(args.api_key)
             asyncio.run(ask_servers(args.server, args, questions, journal, bar))
         elif args.engines:
             from fastmtp.data.engines import engines
@@ -157,13 +158,14 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
             from fastmtp.model import load
 
             model = load(args.model, args.dtype, args.device)
+            check_template(model.tokenizer, args.model)
             bar.unpause()
             generate(model, questions.chats(), journal, args.batch_size, args.seed, bar)
 
 
 def check(args, flags: list[str]) -> None:
     at_least(args, 1, "limit", "engines", "in_flight", "batch_size")
-    if args.timeout <= 0:
+    if not args.timeout > 0:
         raise InputError(f"--timeout must be above 0, not {args.timeout:g}")
     if flags and not args.engines:
         raise InputError("flags after -- are for SGLang engines; give --engines, or leave them out")
@@ -190,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ServerError as error:
         sys.exit(f"fastmtp.distill: error: {error}; what was answered is kept, the same command continues")
     inputs = [*(args.prompts or []), *filter(None, [args.data, args.sampling])]
-    files.write_provenance(args.out, {**vars(args), "sglang_flags": flags}, inputs)
+    config = {name: value for name, value in vars(args).items() if name != "api_key"}
+    files.write_provenance(args.out, {**config, "sglang_flags": flags}, inputs)
     print(f"distilled {args.out}: {len(journal.done)} answered, {journal.tokens:,} output tokens in this run")
     if journal.failed:
         sys.exit(

@@ -323,18 +323,29 @@ def sha256(path: str | Path) -> str:
 
 
 def command_line() -> str:
-    """The command that is running, as a user would type it: no paths of this machine's installation."""
-    program = Path(sys.argv[0])
+    """The command that is running, as a user would type it: no paths of this installation, no keys."""
+    program, words = Path(sys.argv[0]), _without_keys(sys.argv[1:])
     if not program.is_absolute() and not program.exists():  # -c, or a bare name
-        return shlex.join(["python", *sys.argv])
+        return shlex.join(["python", sys.argv[0], *words])
     root = Path(__file__).resolve().parents[1]
     program = program.resolve()
     if program.is_relative_to(root) and program.suffix == ".py":
         parts = program.relative_to(root).with_suffix("").parts
         if all(part.isidentifier() for part in parts):
             # `-m fastmtp.x` runs anywhere; the file's path would only tell whose machine this was.
-            return shlex.join(["python", "-m", ".".join(parts).removesuffix(".__main__"), *sys.argv[1:]])
-    return shlex.join([program.name, *sys.argv[1:]])  # `fastmtp distill ...`, or somebody's own program
+            return shlex.join(["python", "-m", ".".join(parts).removesuffix(".__main__"), *words])
+    return shlex.join([program.name, *words])  # `fastmtp distill ...`, or somebody's own program
+
+
+def _without_keys(words: list[str]) -> list[str]:
+    """Command-line words with every API key replaced: a record is passed on, a key is not."""
+    before = ["", *words][: len(words)]
+    return [
+        "***"
+        if re.fullmatch("--(admin-)?api-key", flag)
+        else re.sub("(?s)(--(admin-)?api-key=).*", r"\1***", word)
+        for flag, word in zip(before, words, strict=True)
+    ]
 
 
 def git_state() -> dict[str, object]:

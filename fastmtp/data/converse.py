@@ -11,58 +11,55 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from fastmtp.chat import prompt_ids
-from fastmtp.data.journal import Journal, sample, too_long
+from fastmtp.data.journal import Journal, sample
 from fastmtp.data.prompts import Chat
-from fastmtp.data.servers import Refused, Servers
+from fastmtp.data.rendering import Refused, question_ids
+from fastmtp.data.servers import Servers
 from fastmtp.engines.process import ServerError
 
-PATIENCE = 50  # failures in a row, beyond the chats in flight, that mean the servers are gone
+PATIENCE = 50  # prompts in a row that no server answered, beyond the chats in flight: the servers are gone
 
 
-async def converse(chat: Chat, servers: Servers, context: int) -> dict:
+async def converse(chat: Chat, servers: Servers) -> dict:
     """One chat from its first prompt to its last answer -> sample. Raises Refused."""
     messages: list[dict] = []
     retokenised = False
     for part in chat.parts:
         messages += part
-        ids = prompt_ids(servers.tokenizer, messages)
-        if reason := too_long(len(ids), chat.sampling, context):
-            raise Refused(reason)
+        ids = question_ids(servers.tokenizer, messages, chat.sampling, servers.context)
         answer = await servers.ask(ids, messages, chat.sampling)
         text = servers.tokenizer.decode(answer.ids, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text, "token_ids": answer.ids})
         retokenised |= answer.retokenised
-    made = sample(chat, messages, answer.prompt_ids or ids, servers.eos_ids)
-    return made | ({"retokenised": True} if retokenised else {})
+    row = sample(chat, messages, answer.prompt_ids or ids, servers.eos_ids)
+    return row | ({"retokenised": True} if retokenised else {})
 
 
 async def converse_all(
-    chats: Iterable[Chat], servers: Servers, context: int, in_flight: int, journal: Journal, bar: tqdm
+    chats: Iterable[Chat], servers: Servers, in_flight: int, journal: Journal, bar: tqdm
 ) -> None:
-    """Answer all chats that `journal` has no answer for. Raises ServerError when nothing but failures comes
-    back.
-    """
+    """Answer all chats that `journal` has no answer for. Raises ServerError if no server answers any more."""
     feed = iter(chats)
-    in_a_row = 0
+    unanswered = 0  # in a row; a prompt that is refused says nothing about the servers
 
     async def worker() -> None:
-        nonlocal in_a_row
+        nonlocal unanswered
         for chat in feed:
             if chat.key in journal.done:
                 continue
             try:
-                made = await converse(chat, servers, context)
+                row = await converse(chat, servers)
             except Refused as refusal:
                 journal.fail(chat, str(refusal))
-                in_a_row += 1
-                if in_a_row >= in_flight + PATIENCE:
+                unanswered += refusal.gone
+                if unanswered >= in_flight + PATIENCE:
                     raise ServerError(
-                        f"{in_a_row} prompts in a row got no answer; the last: {refusal}"
+                        f"{unanswered} prompts in a row got no answer; the last: {refusal}"
                     ) from None
+                await asyncio.sleep(0)  # refusals without a request must not hold up the answers
             else:
-                journal.write(made)
-                in_a_row = 0
+                journal.write(row)
+                unanswered = 0
             rate = journal.tokens / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             bar.update()

@@ -1,6 +1,4 @@
-"""Answers from a model in this process: batched generation in plain PyTorch, for a laptop or where no engine
-runs.
-"""
+"""Answers from a model in this process: batches in plain PyTorch, for a laptop or without an engine."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from fastmtp.chat import prompt_ids
-from fastmtp.data.journal import Journal, sample, too_long
+from fastmtp.data.journal import Journal, sample
 from fastmtp.data.mixture import Sampling
 from fastmtp.data.prompts import Chat
+from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.model import Model
 
 WINDOW = 16384  # prompts held at a time, to be batched with others of like length
@@ -29,7 +27,7 @@ def batches(model: Model, chats: Iterable[Chat], size: int) -> Iterator[list[Cha
     """
     feed = iter(chats)
     while window := list(islice(feed, WINDOW)):
-        lengths = {chat.key: len(prompt_ids(model.tokenizer, chat.parts[0])) for chat in window}
+        lengths = {chat.key: _first_length(model, chat) for chat in window}
         window.sort(key=lambda chat: (str(chat.sampling), lengths[chat.key]))
         groups = []
         for _, alike in groupby(window, key=lambda chat: chat.sampling):
@@ -37,6 +35,17 @@ def batches(model: Model, chats: Iterable[Chat], size: int) -> Iterator[list[Cha
             groups += [ordered[i : i + size] for i in range(0, len(ordered), size)]
         random.Random(0).shuffle(groups)
         yield from groups
+
+
+def _first_length(model: Model, chat: Chat) -> int:
+    """Tokens of a chat's first prompt, to sort by; 0 for one that cannot be asked, as `answer_batch` will
+    find.
+    """
+    try:
+        context = model.net.config.max_position_embeddings
+        return len(question_ids(model.tokenizer, chat.parts[0], chat.sampling, context))
+    except Refused:
+        return 0
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -92,21 +101,20 @@ def answer(model: Model, prompts: list[list[int]], sampling: Sampling, seed: int
 
 
 def answer_batch(model: Model, chats: list[Chat], seed: int) -> tuple[list[dict], list[tuple[Chat, str]]]:
-    """Answer every turn of every chat (all of one sampling), in order -> (samples, chats that do not fit and
-    why).
-    """
+    """Answer every turn of every chat (all of one sampling), in order -> (samples, refused chats and why)."""
     sampling, context = chats[0].sampling, model.net.config.max_position_embeddings
     said: dict[str, list[dict]] = {chat.key: [] for chat in chats}
     asked: dict[str, list[int]] = {}
-    misfits: list[tuple[Chat, str]] = []
+    refused: list[tuple[Chat, str]] = []
     left = list(chats)
     for turn in range(max(len(chat.parts) for chat in chats)):
         going = []
-        for chat in (chat for chat in left if turn < len(chat.parts)):
+        for chat in [chat for chat in left if turn < len(chat.parts)]:
             said[chat.key] += chat.parts[turn]
-            asked[chat.key] = prompt_ids(model.tokenizer, said[chat.key])
-            if reason := too_long(len(asked[chat.key]), sampling, context):
-                misfits.append((chat, reason))
+            try:
+                asked[chat.key] = question_ids(model.tokenizer, said[chat.key], sampling, context)
+            except Refused as refusal:
+                refused.append((chat, str(refusal)))
                 left.remove(chat)
             else:
                 going.append(chat)
@@ -116,7 +124,7 @@ def answer_batch(model: Model, chats: list[Chat], seed: int) -> tuple[list[dict]
         for chat, output in zip(going, outputs, strict=True):
             text = model.tokenizer.decode(output, skip_special_tokens=True)
             said[chat.key].append({"role": "assistant", "content": text, "token_ids": output})
-    return [sample(chat, said[chat.key], asked[chat.key], model.eos_ids) for chat in left], misfits
+    return [sample(chat, said[chat.key], asked[chat.key], model.eos_ids) for chat in left], refused
 
 
 def generate(
@@ -128,12 +136,12 @@ def generate(
     for number, batch in enumerate(batches(model, chats, batch_size)):
         if all(chat.key in journal.done for chat in batch):
             continue
-        samples, misfits = answer_batch(model, batch, seed + 1000 * number)
-        for made in samples:
-            if made["key"] not in journal.done:
-                journal.write(made)
+        samples, refused = answer_batch(model, batch, seed + 1000 * number)
+        for row in samples:
+            if row["key"] not in journal.done:
+                journal.write(row)
                 bar.update()
-        for chat, reason in misfits:
+        for chat, reason in refused:
             journal.fail(chat, reason)
             bar.update()
         bar.set_postfix_str(f"{journal.tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")

@@ -1,9 +1,9 @@
 """Where answers are kept while they come in: nothing is asked twice, nothing lost, whenever the process is
 killed.
 
-Each answer is one line of `.NAME.partial` beside the output, written in one call; a last line that a kill cut
-off is dropped and asked again. The partial file becomes the output when every prompt has its answer or its
-reason in `failed.jsonl`, whose prompts the next run of the same command tries again.
+Each answer is one line of `.NAME.jsonl.partial` beside the output, written in one call; a last line that a
+kill cut off is dropped and asked again. The partial file becomes the output when every prompt has its answer
+or its reason in `NAME.failed.jsonl`, whose prompts the next run of the same command tries again.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import shutil
 from pathlib import Path
 
 from fastmtp.cli import InputError
-from fastmtp.data.mixture import Sampling
 from fastmtp.data.prompts import Chat
-from fastmtp.files import atomic
+from fastmtp.files import atomic, claim
 
 
 def sample(chat: Chat, messages: list[dict], prompt_ids: list[int], eos_ids: set[int]) -> dict:
@@ -37,31 +36,25 @@ def sample(chat: Chat, messages: list[dict], prompt_ids: list[int], eos_ids: set
     }
 
 
-def too_long(tokens: int, sampling: Sampling, context: int) -> str | None:
-    """Why a prompt of so many tokens cannot be answered, or None when it can."""
-    room = context - sampling.max_new_tokens
-    if tokens <= room:
-        return None
-    return f"has {tokens} tokens, the model's context leaves {room}; shorten it or lower --max-new-tokens"
-
-
 class Journal:
-    """`with Journal("distilled.jsonl", wanted_keys) as journal:`; `done` holds the keys already answered.
+    """`with Journal("distilled.jsonl", keys) as journal:`; `done` holds the keys already answered.
 
-    Raises InputError when the disk is full; what was written before is kept.
+    Raises InputError if the disk is full, after which what was written is kept, and if the output or its list
+    of failures is not ours.
     """
 
-    def __init__(self, out: str | Path, wanted: set[str]):
-        self.out, self.wanted = Path(out), wanted
+    def __init__(self, out: str | Path, asked: set[str]):
+        self.out, self.asked = Path(out), asked
         self.partial = self.out.with_name(f".{self.out.name}.partial")
-        self.failures = self.out.with_name("failed.jsonl")
+        self.failures = self.out.with_name(self.out.name.removesuffix(".jsonl") + ".failed.jsonl")
         self.done: set[str] = set()
         self.failed = 0
         self.tokens = 0  # written by this process
         self.first_reason = ""
 
     def __enter__(self) -> Journal:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        claim(self.out)
+        self._check_failures()
         try:
             if self.out.exists() and not self.partial.exists():
                 with atomic(self.partial) as temporary:
@@ -85,8 +78,20 @@ class Journal:
             except OSError as error:
                 raise self._full(error) from None
 
+    def _check_failures(self) -> None:
+        """InputError if a file of somebody else's would be cut."""
+        if not self.failures.exists() or not self.failures.stat().st_size:
+            return
+        with open(self.failures, "rb") as stream:
+            try:
+                ours = {"key", "reason"} <= json.loads(stream.readline()).keys()
+            except (ValueError, AttributeError):
+                ours = False
+        if not ours:
+            raise InputError(f"{self.failures}: not a list of failures of this command; move it elsewhere")
+
     def _load(self) -> bool:
-        """Take over the keys of whole lines and cut off the rest; True when some line is no longer wanted."""
+        """Take over the keys of whole lines and cut off the rest; True if a line is not asked for any more."""
         stale, end = False, 0
         with open(self.partial, "rb") as lines:
             for line in lines:
@@ -97,9 +102,9 @@ class Journal:
                     key = json.loads(line).get("key")
                 except (ValueError, AttributeError):
                     raise InputError(
-                        f"{self.partial}: byte {end - len(line)} begins a line that is no answer; mend or remove the file"
+                        f"{self.partial}: the line at byte {end - len(line)} is no answer; fix or remove the file"
                     ) from None
-                if key in self.wanted and key not in self.done:
+                if key in self.asked and key not in self.done:
                     self.done.add(key)
                 else:
                     stale = True
@@ -107,13 +112,14 @@ class Journal:
         return stale
 
     def write(self, sample: dict) -> None:
-        """Keep one finished sample, whose "key" is in `wanted`."""
+        """Keep one finished sample, whose "key" is in `asked`."""
         self._append(self.file, sample)
         self.done.add(sample["key"])
         self.tokens += sum(len(m.get("token_ids", ())) for m in sample["messages"])
 
     def fail(self, chat: Chat, reason: str) -> None:
         """Record a prompt that got no answer."""
+        reason = reason.encode("utf-8", "replace").decode("utf-8")
         self.failed += 1
         self.first_reason = self.first_reason or f"prompt '{chat.id}' {reason}"
         messages = [message for part in chat.parts for message in part]
@@ -129,13 +135,12 @@ class Journal:
             raise self._full(error) from None
 
     def _finish(self) -> None:
-        if len(self.done) + self.failed < len(self.wanted):
+        if len(self.done) + self.failed < len(self.asked):
             return  # stopped early: the rest is still to come
         if self.failed and not self.done:
             self.partial.unlink()
-            raise InputError(
-                self.first_reason + (f" (and {self.failed - 1} more failed)" if self.failed > 1 else "")
-            )
+            others = f" (and {self.failed - 1} more failed)" if self.failed > 1 else ""
+            raise InputError(f"{self.first_reason}{others}; {self.failures} lists all of them")
         if not self.stale:
             os.replace(self.partial, self.out)
             return
@@ -152,6 +157,6 @@ class Journal:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return error
         return InputError(
-            f"{self.out}: the disk is full; {len(self.done)} answers are kept in {self.partial}: free some space and "
-            "run the same command again"
+            f"{self.out}: the disk is full; {len(self.done)} answers are kept in {self.partial}: free some "
+            "space and run the same command again"
         )

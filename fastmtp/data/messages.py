@@ -1,7 +1,7 @@
 """One reader for chats that people hand us: a list of `{"role", "content"}`, every content a text.
 
-Tool use is refused with the line. The distiller writes every answer anew, so the results of earlier tool calls
-would no longer fit; and a chat template that does not know a role leaves its message out without a word.
+Tool use is refused with the line. The distiller writes every answer anew, so the results of earlier tool
+calls would no longer fit; and a template that does not know a role leaves its message out without a word.
 """
 
 from __future__ import annotations

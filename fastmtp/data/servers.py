@@ -1,9 +1,10 @@
 """Asks servers for answers over HTTP: SGLang's native /generate, which takes and gives token ids, or OpenAI's
 chat.
 
-A URL that ends in /v1 is taken for an OpenAI-compatible server. It gives token ids where it knows
-`return_token_ids` (SGLang, vLLM); elsewhere the answer's text is tokenised once, and the sample says so with
-`"retokenised": true`.
+A URL that ends in /v1 is taken for an OpenAI-compatible server. It gives token ids if it knows
+`return_token_ids` (SGLang, vLLM); otherwise the answer's text is tokenised once, and the sample says so with
+`"retokenised": true`. Without ids, an answer of which the server took a part out of the text (its thinking, a
+tool call) is refused: what the model wrote can't be put together again.
 """
 
 from __future__ import annotations
@@ -16,24 +17,25 @@ import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 
+from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.data.mixture import Sampling
-from fastmtp.engines import client
+from fastmtp.data.rendering import Refused, check_template
+from fastmtp.engines.client import session
+from fastmtp.engines.process import ServerError
+from fastmtp.tokenizer import end_ids, load_tokenizer
 
 ATTEMPTS = 6
 BACKOFF = 0.5  # seconds before the second attempt; doubles, and jitter takes up to half away
 LONGEST = 60.0
 RETRIED = {408, 409, 425, 429}
-# Requests leave together: one that arrives alone interrupts the engine's running batch for a prefill of its
-# own.
+HOPELESS = {401: "pass the right --api-key", 403: "pass the right --api-key", 404: "check the URL"}
+# Requests leave together: one that arrives alone interrupts the engine's running batch for its own prefill.
 PULSE = 0.25
-
-
-class Refused(Exception):
-    """No answer to this prompt, after all attempts or at once. The message is the reason."""
 
 
 class Again(Exception):
@@ -46,8 +48,8 @@ class Again(Exception):
 
 @dataclass
 class Answer:
-    """`ids` end with an end token, or were cut at the limit. `prompt_ids`: as the server saw them, where it
-    says so.
+    """`ids` end with an end token, or were cut at the limit. `prompt_ids`: as the server saw them, if it says
+    so.
     """
 
     ids: list[int]
@@ -56,27 +58,33 @@ class Answer:
 
 
 class Servers:
-    """`async with Servers(urls, tokenizer, eos_ids, timeout) as servers:`; each request goes to the least
-    busy one.
+    """`async with Servers(urls, model, timeout) as servers:`; each request goes to the least busy one.
 
-    Raises InputError on entry for a URL where no such server answers.
+    Raises InputError on entry for a URL at which no such server answers.
     """
 
-    def __init__(self, urls: list[str], tokenizer, eos_ids: set[int], timeout: float = 1800.0):
+    def __init__(self, urls: list[str], model: str, timeout: float = 1800.0, api_key: str | None = None):
         self.urls = [url.rstrip("/") for url in urls]
-        self.tokenizer, self.eos_ids = tokenizer, eos_ids
-        self.timeout = aiohttp.ClientTimeout(total=timeout)
+        self.model_folder, self.tokenizer = model, load_tokenizer(model)
+        self.eos_ids = end_ids(model, self.tokenizer)
+        config = files.read_json(Path(model) / "config.json")
+        self.context = config.get("max_position_embeddings")
+        if type(self.context) is not int:
+            raise InputError(
+                f"{model}/config.json: no 'max_position_embeddings'; give a model folder of ours"
+            )
+        self.size = max(len(self.tokenizer), config.get("vocab_size") or 0)
+        self.timeout, self.api_key = timeout, api_key
         self.busy: Counter[str] = Counter()
-        self.rest: dict[str, float] = dict.fromkeys(
-            self.urls, 0.0
-        )  # after a failure, until when others go first
+        self.rest = dict.fromkeys(self.urls, 0.0)  # after a failure: until when others go first
         self.models: dict[str, str] = {}
 
     async def __aenter__(self) -> Servers:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a socket a request
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
-        self.session = client.session(self.timeout.total)
+        self.session = session(self.timeout, self.api_key)
         try:
+            check_template(self.tokenizer, self.model_folder)
             for url in self.urls:
                 self.models[url] = await self._model(url)
         except BaseException:
@@ -88,22 +96,25 @@ class Servers:
         await self.session.close()
 
     async def _model(self, url: str) -> str:
+        """Name of the model that a server serves; InputError if none answers."""
         path = "/models" if url.endswith("/v1") else "/model_info"
         try:
             async with self.session.get(url + path, timeout=aiohttp.ClientTimeout(total=30)) as reply:
-                body = await reply.json(content_type=None) if reply.status == 200 else None
+                status = reply.status
+                body = await reply.json(content_type=None) if status == 200 else None
             return body["data"][0]["id"] if url.endswith("/v1") else body["model_path"]
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InputError(f"--server {url}: {_text(error)}; start the server first") from None
         except (ValueError, TypeError, LookupError):
+            if status in (401, 403):
+                raise InputError(f"--server {url}: HTTP {status}; pass the right --api-key") from None
             raise InputError(
-                f"--server {url}: {path} gives no model; give an SGLang server, or an OpenAI-compatible one as http://.../v1"
+                f"--server {url}: {path} gives no model; give an SGLang server, "
+                "or an OpenAI-compatible one as http://.../v1"
             ) from None
 
     async def ask(self, prompt_ids: list[int], messages: list[dict], sampling: Sampling) -> Answer:
-        """One answer. Raises Refused when there is none after ATTEMPTS tries, or the server will not have the
-        request.
-        """
+        """One answer. Raises Refused if the server refuses, or after ATTEMPTS tries without an answer."""
         await asyncio.sleep(PULSE - time.monotonic() % PULSE if PULSE else 0)
         url = None
         for attempt in range(ATTEMPTS):
@@ -117,7 +128,7 @@ class Servers:
             except Again as failure:
                 reason, wait = f"{url}: {failure}", failure.wait
             except TimeoutError:
-                reason, wait = f"{url}: no answer within {self.timeout.total:g} s", 0.0
+                reason, wait = f"{url}: no answer within {self.timeout:g} s", 0.0
             except (aiohttp.ClientError, OSError) as error:
                 reason, wait = f"{url}: {_text(error)}", 0.0
             finally:
@@ -126,13 +137,11 @@ class Servers:
             self.rest[url] = time.monotonic() + backoff
             if attempt + 1 < ATTEMPTS:
                 await asyncio.sleep(max(backoff, wait))
-        raise Refused(f"{reason} ({ATTEMPTS} attempts)")
+        raise Refused(f"{reason} ({ATTEMPTS} attempts)", gone=True)
 
     async def _generate(self, url: str, prompt_ids: list[int], sampling: Sampling) -> Answer:
         parameters = _shared(sampling) | {"max_new_tokens": sampling.max_new_tokens}
-        parameters["stop_token_ids"] = sorted(
-            self.eos_ids
-        )  # a server without a tokenizer may know one of them alone
+        parameters["stop_token_ids"] = sorted(self.eos_ids)  # without a tokenizer a server may know only one
         body = await self._post(url + "/generate", {"input_ids": prompt_ids, "sampling_params": parameters})
         try:
             ids, reason = body["output_ids"], body["meta_info"]["finish_reason"]
@@ -151,28 +160,39 @@ class Servers:
         )
         try:
             choice = body["choices"][0]
-            text, kind = choice["message"]["content"] or "", choice["finish_reason"]
-        except (TypeError, LookupError):
+            message, kind = dict(choice["message"]), choice["finish_reason"]
+        except (TypeError, ValueError, LookupError):
             raise Again(
                 "the answer has no choices[0].message; is this an OpenAI-compatible server?"
             ) from None
-        ids = choice.get("token_ids")
-        if ids:
+        if ids := choice.get("token_ids"):
             return self._checked(ids, kind, choice.get("prompt_token_ids") or body.get("prompt_token_ids"))
+        text = whole_text(message)
         answer = self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"], kind)
         answer.retokenised = True
         return answer
 
-    def _checked(self, ids: object, kind: str, prompt_ids: list[int] | None = None) -> Answer:
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise Again("the answer's tokens are no list of numbers")
+    def _checked(self, ids: object, kind: str, prompt_ids: object = None) -> Answer:
+        """An answer that is whole: known ids, a known end. Raises Again for one that a retry may cure."""
+        self._check_ids(ids, "tokens")
         if kind not in ("stop", "length"):
             raise Again(f"the answer ended with finish_reason {kind!r}")
         if kind == "stop" and not (ids and ids[-1] in self.eos_ids):  # some servers cut the end token off
             ids = [*ids, self.tokenizer.eos_token_id]
         if not ids:
             raise Again("the answer has no tokens")
+        if prompt_ids is not None:
+            self._check_ids(prompt_ids, "prompt tokens")
         return Answer(ids, prompt_ids)
+
+    def _check_ids(self, ids: object, name: str) -> None:
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise Again(f"the answer's {name} are no list of numbers")
+        if ids and not 0 <= min(ids) <= max(ids) < self.size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise Refused(
+                f"got the token id {wrong}, beyond the model's {self.size}; does the server serve --model?"
+            )
 
     async def _post(self, url: str, body: dict) -> dict:
         async with self.session.post(url, json=body) as reply:
@@ -181,11 +201,37 @@ class Servers:
                 start = f"HTTP {reply.status}: {' '.join(data.decode('utf-8', 'replace').split())[:200]}"
                 if reply.status in RETRIED or reply.status >= 500:
                     raise Again(start, retry_after(reply.headers.get("Retry-After")))
+                if reply.status in HOPELESS:  # the same for every prompt
+                    raise ServerError(f"{url}: {start}; {HOPELESS[reply.status]}")
                 raise Refused(f"{url}: {start}")
         try:
             return json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Again(f"the body is not JSON: {data[:80]!r}") from None
+
+
+def whole_text(message: dict) -> str:
+    """The text of an OpenAI answer, if it is all that the model wrote. Raises Refused otherwise."""
+    for name in ("reasoning_content", "reasoning"):
+        if message.get(name):
+            raise Refused(
+                f"got its thinking apart from the text (`{name}`) and no token ids; start the server without "
+                "a reasoning parser, or one that knows return_token_ids"
+            )
+    for name in ("tool_calls", "function_call", "audio", "refusal"):
+        if message.get(name):
+            raise Refused(f"got `{name}` instead of the text that the model wrote, and no token ids")
+    text = message.get("content")
+    if not isinstance(text, str):
+        kind = "no text" if text is None else f"a {type(text).__name__} instead of a text"
+        raise Refused(f"got {kind} and no token ids")
+    if not text:
+        raise Refused("got an empty text and no token ids")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refused("got text that is not valid UTF-8") from None
+    return text
 
 
 def _shared(sampling: Sampling) -> dict:

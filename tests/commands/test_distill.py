@@ -23,6 +23,7 @@ from fastmtp.cli import InputError
 from fastmtp.data import engines, generate, journal
 from fastmtp.data import servers as distill_server
 from fastmtp.data.servers import retry_after
+from fastmtp.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +144,7 @@ def test_a_chat_with_one_answer_that_was_cut_is_cut(place):
     turn = [{"role": "user", "content": "one"}, {"role": "assistant", "content": ""}]
     ask({"messages": [*turn, {"role": "user", "content": "two"}]})
     with StandIn() as server:
-        tokenizer = distill.load_tokenizer("model")
+        tokenizer = load_tokenizer("model")
         first = answer_ids(prompt_ids(tokenizer, turn[:1]), 64)[0]
         run("--max-new-tokens", str(len(first) - 1), server=server)
         (row,) = lines()
@@ -154,7 +155,9 @@ def test_a_chat_with_one_answer_that_was_cut_is_cut(place):
 def test_failures_that_pass_are_tried_again(place, fault):
     with StandIn(fault=lambda n, _: fault if n % 4 == 0 else None) as server:
         run("--in-flight", "8", server=server)
-    assert len(lines()) == len({row["key"] for row in lines()}) == 30 and not Path("failed.jsonl").exists()
+    assert (
+        len(lines()) == len({row["key"] for row in lines()}) == 30 and not Path("out.failed.jsonl").exists()
+    )
     assert 30 < len(server.bodies) <= 45
 
 
@@ -183,13 +186,13 @@ def test_what_fails_for_good_is_recorded_and_tried_by_the_next_run(place, tokeni
             run("--in-flight", "1", server=server)
         assert isinstance(end.value.code, str)  # exit code 1
         assert len(lines()) == 28 and len(server.bodies) == 28 + 1 + distill_server.ATTEMPTS
-        failed = {asked(row): row["reason"] for row in lines("failed.jsonl")}
+        failed = {asked(row): row["reason"] for row in lines("out.failed.jsonl")}
         assert set(failed) == set(bad)
         assert "HTTP 400" in failed["what is 3 plus 3?"] and "6 attempts" in failed["what is 4 plus 4?"]
         bad.clear()
         before = len(server.bodies)
         run(server=server)
-    assert len(lines()) == 30 and len(server.bodies) == before + 2 and not Path("failed.jsonl").exists()
+    assert len(lines()) == 30 and len(server.bodies) == before + 2 and not Path("out.failed.jsonl").exists()
 
 
 def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(place):
@@ -229,7 +232,7 @@ def test_a_prompt_beyond_the_context_is_recorded_and_the_others_answered(place, 
     ask("short", "long " * 600)
     with StandIn() as server, pytest.raises(SystemExit, match="1 prompts got no answer.*context leaves 508"):
         run("--max-new-tokens", "4", server=server if way == "server" else None)
-    (failed,) = lines("failed.jsonl")
+    (failed,) = lines("out.failed.jsonl")
     assert len(lines()) == 1 and "shorten it" in failed["reason"] and asked(failed).startswith("long long")
 
 

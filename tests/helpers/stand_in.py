@@ -104,7 +104,9 @@ class StandIn(ThreadingHTTPServer):
         self.fault = fault or (lambda number, path: None)
         self.bodies: list[dict] = []
         self.flushed = 0
-        self.gives_ids = True  # token ids in OpenAI's chat, where asked for
+        self.gives_ids = True  # token ids in OpenAI's chat, if asked for
+        self.message = {"role": "assistant", "content": "red green"}  # what OpenAI's chat answers
+        self.keys: list[str | None] = []  # the Authorization header of every question
         self.lock = threading.Lock()
 
     @property
@@ -155,6 +157,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(404, b"Not Found")
 
     def do_POST(self) -> None:
+        self.server.keys.append(self.headers.get("Authorization"))
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         if self.path.startswith("/flush_cache"):
@@ -251,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         if not body.get("stream"):
             choice = {
                 "index": 0,
-                "message": {"role": "assistant", "content": "red green"},
+                "message": self.server.message,
                 "finish_reason": "stop",
             }
             if body.get("return_token_ids") and self.server.gives_ids:

@@ -1,0 +1,66 @@
+"""From a chat to the token ids that the model is asked, or the reason why it cannot be asked.
+
+A chat template is a program that came with the model: it may refuse a system turn or an order of roles, fail
+in any way that Jinja can fail, or leave a message out without a word. None of it may end a run of a million
+prompts, and none of it may change the question.
+"""
+
+from __future__ import annotations
+
+from fastmtp.chat import prompt_ids
+from fastmtp.cli import InputError
+from fastmtp.data.mixture import Sampling
+
+
+class Refused(Exception):
+    """No answer to this prompt. The message is the reason.
+
+    gone: the server did not answer at all, after all attempts.
+    """
+
+    def __init__(self, reason: str, gone: bool = False):
+        super().__init__(reason)
+        self.gone = gone
+
+
+def check_template(tokenizer, model: str) -> None:
+    """InputError for a model without a chat template, which could not be asked a single prompt."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{model}: the tokenizer has no chat template; add one to tokenizer_config.json")
+
+
+def question_ids(tokenizer, messages: list[dict], sampling: Sampling, context: int) -> list[int]:
+    """Token ids of `messages` and the generation prompt. Raises Refused if there can be none."""
+    try:
+        ids = prompt_ids(tokenizer, messages)
+        lost = _left_out(tokenizer, messages)
+    except Exception as error:  # the template's own words, whatever kind of error it chose
+        raise Refused(f"is refused by the chat template: {_one_line(error)}") from None
+    if lost is not None:
+        raise Refused(f"has a {messages[lost]['role']} message that the chat template leaves out")
+    room = context - sampling.max_new_tokens
+    if len(ids) > room:
+        reason = f"has {len(ids)} tokens, the model's context leaves {room}"
+        raise Refused(f"{reason}; shorten it or lower --max-new-tokens")
+    return ids
+
+
+def _left_out(tokenizer, messages: list[dict]) -> int | None:
+    """Place of a message that makes no difference to the rendered prompt, None if all do."""
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+
+    def render(chat: list[dict]) -> str:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    text = render(plain)
+    for number, message in enumerate(plain):
+        content = message["content"].strip()
+        if message["role"] == "assistant" or not content or content in text:
+            continue
+        if render(plain[:number] + plain[number + 1 :]) == text:
+            return number
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
