@@ -91,7 +91,7 @@ class Journal:
             raise InputError(f"{self.failures}: not a list of failures of this command; move it elsewhere")
 
     def _load(self) -> bool:
-        """Take over the keys of whole lines and cut off the rest; True if a line is not asked for any more."""
+        """Take over the keys of whole lines and cut off the rest; True if a line is no longer asked for."""
         stale, end = False, 0
         with open(self.partial, "rb") as lines:
             for line in lines:
@@ -102,7 +102,7 @@ class Journal:
                     key = json.loads(line).get("key")
                 except (ValueError, AttributeError):
                     raise InputError(
-                        f"{self.partial}: the line at byte {end - len(line)} is no answer; fix or remove the file"
+                        f"{self.partial}: no answer at byte {end - len(line)}; fix or remove the file"
                     ) from None
                 if key in self.asked and key not in self.done:
                     self.done.add(key)

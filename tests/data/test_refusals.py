@@ -1,4 +1,4 @@
-"""A prompt that cannot be asked is a row in the list of failures; the others are answered, whoever answers."""
+"""A prompt that cannot be asked is a row in the list of failures; the others are answered."""
 
 import json
 import os
