@@ -23,7 +23,7 @@ from evaluation.nq_rag.bench_sglang_eagle import TASK as NQ_RAG
 from evaluation.questions import Task, load_questions
 from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.engines import sglang
-from fastmtp.files import existing
+from fastmtp.files import existing, resource
 
 REPEAT = "baseline_repeat"
 
@@ -62,7 +62,7 @@ def _named(item: str) -> tuple[str, str]:
     name, equals, path = item.partition("=")
     if not equals or not name or not path:
         raise InputError(f"--token-map {item}: expected NAME=PATH, for example en32k=vocab/smollm2/en_32k.pt")
-    return name, str(existing(path, "token map"))
+    return name, str(existing(resource(path), "token map"))
 
 
 def _arm(name: str, model: str, vanilla_model: str | None, maps: dict[str, str]) -> Arm:

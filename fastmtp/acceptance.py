@@ -211,7 +211,11 @@ def parser() -> Parser:
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle, K (default 3)")
     p.add_argument("--at", help="tau for these smaller K too, from the same pass, such as 1,3,5")
     p.add_argument(
-        "--token-map", action="append", default=[], help="also with this map (.pt); may be repeated"
+        "--token-map",
+        action="append",
+        type=files.shipped,
+        default=[],
+        help="also with this map (.pt); may be repeated",
     )
     p.add_argument(
         "--token-maps",

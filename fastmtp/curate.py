@@ -37,7 +37,7 @@ from fastmtp.data.cleaning import CleanConfig, verdict, words
 from fastmtp.data.curate_report import Tally, write_report
 from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates, signature
 from fastmtp.data.mixture import DataConfig, choose
-from fastmtp.files import atomic, existing, write_provenance
+from fastmtp.files import atomic, existing, shipped, write_provenance
 from fastmtp.yaml_file import load_yaml
 
 CHUNK = 128  # samples that travel to a worker together
@@ -339,8 +339,12 @@ def parser() -> Parser:
     p.add_argument(
         "--input", nargs="+", required=True, help="distilled samples, .jsonl or .jsonl.gz; better ones first"
     )
-    p.add_argument("--recipe", help="YAML of thresholds (configs/curate.yaml); defaults without it")
-    p.add_argument("--data", help="data set list with categories and token shares (configs/data/*.yaml)")
+    p.add_argument(
+        "--recipe", type=shipped, help="YAML of thresholds (configs/curate.yaml); defaults without it"
+    )
+    p.add_argument(
+        "--data", type=shipped, help="data set list with categories and token shares (configs/data/*.yaml)"
+    )
     p.add_argument("--exclude", nargs="+", help="question files of benchmarks: no such prompt is kept")
     p.add_argument("--out", required=True, help="folder for train.jsonl, eval.jsonl and the report")
     p.add_argument(

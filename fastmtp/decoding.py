@@ -123,11 +123,11 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, help="model folder in MiMo layout")
     p.add_argument("--head", help="a checkpoint or shipped head instead of the model's own")
-    p.add_argument("--prompts", required=True, help="jsonl with `messages` or `prompt`")
+    p.add_argument("--prompts", required=True, type=files.shipped, help="jsonl with `messages` or `prompt`")
     p.add_argument("--split", help="use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle, K (default 3)")
-    p.add_argument("--token-map", help="draft only tokens of this map (.pt)")
+    p.add_argument("--token-map", type=files.shipped, help="draft only tokens of this map (.pt)")
     p.add_argument(
         "--token-maps",
         metavar="EN=PATH,ZH=PATH",

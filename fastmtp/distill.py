@@ -45,10 +45,15 @@ def parser() -> Parser:
     )
     asked = p.add_mutually_exclusive_group(required=True)
     asked.add_argument(
-        "--prompts", nargs="+", help="jsonl with `messages` or `prompt`, and optionally id, source, lang"
+        "--prompts",
+        nargs="+",
+        type=files.shipped,
+        help="jsonl with `messages` or `prompt`, and optionally id, source, lang",
     )
     asked.add_argument(
-        "--data", help="data set list: sources, local or on the Hub, and their sampling (configs/data/*.yaml)"
+        "--data",
+        type=files.shipped,
+        help="data set list: sources, local or on the Hub, and their sampling (configs/data/*.yaml)",
     )
     p.add_argument("--split", help="of --prompts, use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
@@ -86,7 +91,12 @@ def parser() -> Parser:
     ):
         name = f"--{flag.replace('_', '-')}"
         p.add_argument(name, type=kind, help=f"{text} (default {getattr(default, flag)})")
-    p.add_argument("--sampling", metavar="YAML", help="source -> these four, for sources that want their own")
+    p.add_argument(
+        "--sampling",
+        type=files.shipped,
+        metavar="YAML",
+        help="source -> these four, for sources that want their own",
+    )
     p.add_argument(
         "--seed", type=int, default=0, help="another one asks anew; servers draw by their own (default 0)"
     )

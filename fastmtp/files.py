@@ -58,7 +58,6 @@ def resource(path: str | Path) -> Path:
     """`path` as it is if it exists, else the file or folder of this name that comes with the project.
 
     Shipped are configs/, examples/, vocab/ and the package's own fastmtp/; other paths are left as they are.
-    Fit for argparse's `type`, so that a command finds `configs/quickstart.yaml` from any folder.
     """
     path = Path(path)
     package = importlib.resources.files("fastmtp")
@@ -71,6 +70,11 @@ def resource(path: str | Path) -> Path:
     else:
         return path
     return shipped if shipped.exists() else path
+
+
+def shipped(path: str) -> str:
+    """`resource` for argparse's `type`: an input such as configs/curate.yaml is found from any folder."""
+    return str(resource(path)) if path else path
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:

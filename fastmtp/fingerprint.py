@@ -100,6 +100,14 @@ def machine() -> dict[str, str | None]:
 
 
 @functools.cache
+def code() -> str:
+    """Hex SHA-256 of this package's own sources, for results that a change of the code must not survive."""
+    package = Path(__file__).resolve().parent
+    sources = sorted(package.rglob("*.py"))
+    return _digest([[str(p.relative_to(package)), p.read_text(encoding="utf-8")] for p in sources])
+
+
+@functools.cache
 def gpu_name() -> str | None:
     """Name of the first GPU, asked without making a context on it; None without one."""
     try:

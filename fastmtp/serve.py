@@ -22,6 +22,7 @@ from fastmtp.engines.address import HOST
 from fastmtp.engines.process import Server, ServerError
 from fastmtp.engines.sglang import VOCAB_READY, command, sglang_version, vocab_environment
 from fastmtp.engines.sglang_flags import split_flags
+from fastmtp.files import shipped
 
 KEY = "FASTMTP_API_KEY"
 
@@ -34,7 +35,9 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, metavar="FOLDER", help="folder written by fastmtp.export")
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
-    p.add_argument("--token-map", metavar="PATH", help="draft vocabulary, from fastmtp.build_vocab")
+    p.add_argument(
+        "--token-map", type=shipped, metavar="PATH", help="draft vocabulary, from fastmtp.build_vocab"
+    )
     p.add_argument(
         "--token-maps",
         metavar="EN=PATH,ZH=PATH",

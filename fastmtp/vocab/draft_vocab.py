@@ -146,7 +146,7 @@ def parse_maps(text: str) -> dict[str, str]:
             raise InputError(
                 f"--token-maps {part}: expected NAME=PATH pairs with a comma between, each name once"
             )
-        found[name] = path
+        found[name] = files.shipped(path)
     if not found.keys() - {MIXED}:
         raise InputError("--token-maps: give at least one language's map, such as en=vocab/qwen2/en_32k.pt")
     return found

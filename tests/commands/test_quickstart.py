@@ -1,13 +1,17 @@
 """Stages are reused, resumed or made afresh by their key; what the stages say fits together."""
 
-import json
+import dataclasses
+import importlib
+import shutil
 import types
 from pathlib import Path
 
 import pytest
 
-from fastmtp import quickstart
-from fastmtp.quickstart import SMOKE, Sizes, Stage, perform, stages
+from fastmtp import files, fingerprint, quickstart
+from fastmtp.cli import InputError
+from fastmtp.fingerprint import differences
+from fastmtp.quickstart import SMOKE, VANILLA, Sizes, Stage, facts_of, perform, read_log, remove, stages
 
 
 @pytest.fixture
@@ -19,72 +23,151 @@ def calls(monkeypatch):
         noted.arguments.append(arguments)
         noted.action()
 
-    monkeypatch.setattr(quickstart.importlib, "import_module", lambda name: types.SimpleNamespace(main=main))
+    stand_in = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(main=main))
+    monkeypatch.setattr(quickstart, "importlib", stand_in)
     return noted
 
 
 @pytest.fixture
-def stage(tmp_path):
-    return Stage("one", "decoding", ["--out", "x"], str(tmp_path / "out.txt"))
+def stage(tmp_path, monkeypatch):
+    """A stage that reads in.jsonl and makes out.jsonl, in a folder that the quickstart has claimed."""
+    monkeypatch.chdir(tmp_path)
+    files.claim(tmp_path, folder=True)
+    Path("in.jsonl").write_text("{}")
+    return Stage("one", "decoding", "--out out.jsonl", "out.jsonl", ("in.jsonl",))
 
 
-def test_a_finished_stage_is_reused_and_another_key_starts_afresh(calls, stage, tmp_path):
+RECORD = Path("stages.json")
+
+
+def run_stage(stage, **changed) -> None:
+    perform(stage, facts_of(stage) | changed, read_log(RECORD), RECORD)
+
+
+def test_a_finished_stage_is_reused_until_something_it_depends_on_changes(calls, stage, capsys):
     made = Path(stage.makes)
-    calls.action = lambda: made.write_text("done")
-    log, record = {}, tmp_path / "stages.json"
-    perform(stage, "k1", log, record)
-    perform(stage, "k1", json.loads(record.read_text()), record)
-    assert len(calls.arguments) == 1
-    calls.action = lambda: made.write_text("again" if not made.exists() else "the old one was still there")
-    perform(stage, "k2", log, record)
-    assert made.read_text() == "again"
+    calls.action = lambda: made.write_text(made.read_text() + "again" if made.exists() else "{}")
+    run_stage(stage)
+    run_stage(stage)
+    assert len(calls.arguments) == 1 and "reused out.jsonl" in capsys.readouterr().out
+    run_stage(stage, code="other")
+    assert len(calls.arguments) == 2 and "made anew: code:" in capsys.readouterr().out
+    run_stage(stage, gpu="NVIDIA H100")
+    assert len(calls.arguments) == 3 and "made anew:" in capsys.readouterr().out
+    run_stage(stage)
+    Path("in.jsonl").write_text("[]")  # the same name, the same size
+    run_stage(stage)
+    assert len(calls.arguments) == 5 and "in.jsonl: other content" in capsys.readouterr().out
+    run_stage(dataclasses.replace(stage, words="--out out.jsonl --limit 4"))
+    assert len(calls.arguments) == 6
+    assert made.read_text() == "{}"  # each time afresh
 
 
-def test_an_interrupted_stage_keeps_what_it_made_and_is_not_called_done(calls, stage, tmp_path):
+def test_an_output_that_something_else_changed_is_made_anew(calls, stage, capsys):
+    calls.action = lambda: Path(stage.makes).write_text("{}")
+    run_stage(stage)
+    Path(stage.makes).write_text("[]")
+    run_stage(stage)
+    assert len(calls.arguments) == 2 and Path(stage.makes).read_text() == "{}"
+    assert "out.jsonl: other content" in capsys.readouterr().out
+    Path(stage.makes).unlink()
+    run_stage(stage)
+    assert len(calls.arguments) == 3
+
+
+def test_an_interrupted_stage_keeps_what_it_made_and_is_not_called_done(calls, stage):
     def stop():
         partial.write_text("half")
         raise KeyboardInterrupt
 
-    partial = tmp_path / ".out.txt.abc.partial"
+    partial = Path(".out.jsonl.partial")
     calls.action = stop
-    log, record = {}, tmp_path / "stages.json"
     with pytest.raises(KeyboardInterrupt):
-        perform(stage, "k1", log, record)
-    assert json.loads(record.read_text())["one"]["seconds"] is None
-    calls.action = lambda: Path(stage.makes).write_text("done")
-    perform(stage, "k1", json.loads(record.read_text()), record)
+        run_stage(stage)
+    assert read_log(RECORD)["one"]["seconds"] is None
+    calls.action = lambda: Path(stage.makes).write_text("{}")
+    run_stage(stage)
     assert partial.exists() and len(calls.arguments) == 2
-    perform(stage, "k2", log, record)
+    run_stage(stage, code="other")
     assert not partial.exists()
 
 
-def test_a_stage_whose_output_was_deleted_runs_again(calls, stage, tmp_path):
-    calls.action = lambda: Path(stage.makes).write_text("done")
-    log, record = {}, tmp_path / "stages.json"
-    perform(stage, "k1", log, record)
-    Path(stage.makes).unlink()
-    perform(stage, "k1", log, record)
-    assert len(calls.arguments) == 2
+def test_a_killed_stage_was_on_record_before_it_began(calls, stage):
+    calls.action = lambda: logs.append(read_log(RECORD))
+    logs = []
+    with pytest.raises(InputError):  # it made nothing
+        run_stage(stage)
+    assert logs[0]["one"]["seconds"] is None and logs[0]["one"]["facts"] == facts_of(stage)
 
 
-def test_interrupted_training_resumes_from_its_checkpoint(calls, tmp_path):
-    stage = Stage("train", "train", ["recipe.yaml"], str(tmp_path / "run"))
-    (tmp_path / "run" / "last-checkpoint").mkdir(parents=True)
-    log = {"train": {"key": "k1", "spent": 1.0, "seconds": None}}
-    perform(stage, "k1", log, tmp_path / "stages.json")
-    assert calls.arguments[0][-2:] == ["--resume_from_checkpoint", f"{stage.makes}/last-checkpoint"]
-    assert log["train"]["seconds"] >= 1.0
+@pytest.mark.parametrize("made", ["out.jsonl", "folder"])
+def test_what_is_not_ours_is_not_removed(calls, stage, made, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("theirs"))  # a folder that nobody claimed
+    Path("in.jsonl").write_text("{}")
+    if made == "folder":
+        Path(made).mkdir()
+    mine = Path(made) / "notes.txt" if made == "folder" else Path(made)
+    mine.write_text("precious")
+    with pytest.raises(InputError, match=made):
+        run_stage(dataclasses.replace(stage, makes=made))
+    assert mine.read_text() == "precious" and calls.arguments == []
+
+
+def test_hidden_files_of_ones_own_beside_an_output_stay(stage):
+    names = [".out.jsonl.notes", ".out.jsonl.bak", ".out.jsonl.123.old", ".out.jsonl.0123456789ab.partial"]
+    for name in names:
+        Path(name).write_text("x")
+    remove(Path("out.jsonl"))
+    assert [Path(name).exists() for name in names] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("text", ['{"one": 5}', '{"one": {"key": "k1", "seconds": 3, "spent": 3.0}}'])
+def test_a_log_of_another_form_counts_as_nothing_done(calls, stage, text):
+    RECORD.write_text(text)
+    calls.action = lambda: Path(stage.makes).write_text("{}")
+    run_stage(stage)
+    assert len(calls.arguments) == 1
+
+
+def test_a_head_or_the_code_that_changes_is_seen(monkeypatch, tmp_path):
+    prepare = stages(SMOKE)[0]
+    before = facts_of(prepare)
+    shutil.copytree(quickstart.HEADS / VANILLA, tmp_path / VANILLA)
+    monkeypatch.setattr(quickstart, "HEADS", tmp_path)
+    assert facts_of(prepare) == before  # a copy is the same head
+    with open(tmp_path / VANILLA / "model.safetensors", "r+b") as weights:
+        weights.seek(-2, 2)
+        weights.write(b"xx")
+    assert differences(before, facts_of(prepare)) == [f"{VANILLA}: other content"]
+    package = tmp_path / "package"
+    (package / "head").mkdir(parents=True)
+    (package / "head" / "x.py").write_text("a = 1")
+    monkeypatch.setattr(fingerprint, "__file__", str(package / "fingerprint.py"))
+    first = fingerprint.code.__wrapped__()
+    (package / "head" / "x.py").write_text("a = 2")
+    assert fingerprint.code.__wrapped__() != first
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), SMOKE])
 def test_every_stage_is_a_command_whose_arguments_parse(sizes):
-    import importlib
-
     for stage in stages(sizes):
         parser = importlib.import_module(f"fastmtp.{stage.module}").parser()
         unknown = parser.parse_known_args(stage.arguments)[1]
         assert stage.module == "train" or not unknown, stage.name
-        assert all(Path(path).exists() for path in stage.reads)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), SMOKE])
+def test_a_stage_says_all_that_it_reads(sizes):
+    """Every path and head in its words is read, made or its own output folder; earlier stages made it."""
+    made = []
+    for stage in stages(sizes):
+        paths = {word for word in stage.arguments if "/" in word or word in (VANILLA, quickstart.SHIPPED)}
+        own = {path for path in paths if path == stage.makes or Path(stage.makes).parent == Path(path)}
+        assert paths - own <= {*stage.reads}, stage.name
+        for path in stage.reads:
+            shipped = files.resource(path).exists() or path in (VANILLA, quickstart.SHIPPED)
+            assert shipped or any(Path(path).is_relative_to(folder) for folder in made), path
+        made.append(stage.makes)
 
 
 def test_smoke_and_full_run_share_nothing_but_the_base_model():
