@@ -6,17 +6,20 @@ holds it beside the backbone. Heads that come with the package are found by name
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastmtp import files
 from fastmtp.cli import InputError
+from fastmtp.fingerprint import CACHE
 from fastmtp.tokenizer import check_same, different, load_tokenizer
 
 PREFIX = "model.mtp_layers."
@@ -41,16 +44,198 @@ CODE = sorted(
 INDEX = "model.safetensors.index.json"
 CONTRACT_KEY = "fastmtp"  # in config.json of folders whose head is ours: what the head was trained on
 CONTRACT = {"mtp_hidden": "post_norm"}  # the backbone's state after its final norm; vLLM's own MiMo differs
+ARCHITECTURE = "MiMoForCausalLM"
+DTYPES = ("F32", "BF16", "F16")
+QUANTISED = (
+    "weight_scale",
+    "weight_scale_inv",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "absmax",
+    "input_scale",
+)
+FICLONE = 0x40049409  # <linux/fs.h>
 ENGINE_TYPES = ("qwen2", "llama")  # qwen2: transformers rebuilds the tokenizer
-SKIP = {"config.json", INDEX, "run.json", *(path.name for path in CODE)}
+SKIP = {"config.json", INDEX, "run.json", CACHE}  # not copied: written anew for each folder
+LEFT_OUT = (".safetensors", ".py", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model or checkpoint folder. Raises InputError where there are none."""
-    found = sorted(files.existing(folder, "folder").glob("*.safetensors"))
-    if not found:
-        raise InputError(f"{folder}: no .safetensors file; give a model or checkpoint folder")
-    return found
+class Entry(NamedTuple):
+    """A tensor as its file's header describes it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that make up a model or checkpoint folder. InputError if there are none, or if
+    one that the index names is not there.
+    """
+    folder = files.existing(folder, "folder")
+    everything = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file() and folder / "model.safetensors" not in everything:
+        names = files.read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{folder / INDEX}: no weight_map in it; copy the folder again")
+        listed = sorted({folder / Path(name).name for name in names.values()})
+        absent = [path.name for path in listed if path not in everything]
+        if absent:
+            raise InputError(
+                f"{folder}: {INDEX} names {absent[0]}, which is not there ({len(absent)} of {len(listed)} "
+                "files missing); copy the folder again"
+            )
+        return listed
+    if not everything:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        what = f", only {pickled[0]}, which is never loaded because it can run code" if pickled else ""
+        raise InputError(
+            f"{folder}: no .safetensors file{what}; give a model or checkpoint folder in safetensors format"
+        )
+    return everything
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Names, dtypes and shapes in a safetensors file. InputError for one that is torn or something else."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        try:
+            if not 2 <= length <= size - 8:
+                raise ValueError
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((value["data_offsets"][1] for value in header.values()), default=0)
+            entries = {n: Entry(path, v["dtype"], tuple(v["shape"])) for n, v in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            kinds = {b"version ": "a git-lfs pointer (run: git lfs pull)", b"<!DOCTYP": "an HTML page"}
+            kind = kinds.get(first, "an HTML page" if first[:1] == b"<" else "torn or of another kind")
+            raise InputError(f"{path}: not a safetensors file but {kind}; copy it again") from None
+    if end != size - 8 - length:
+        raise InputError(
+            f"{path}: torn: {size:,} bytes, its header describes {end + 8 + length:,}; copy it again"
+        )
+    return entries
+
+
+def headers(folder: str | Path) -> dict[str, Entry]:
+    """Every tensor of a folder, from its files' headers alone. Raises InputError."""
+    entries: dict[str, Entry] = {}
+    for path in weight_files(folder):
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise InputError(f"{folder}: {name} is in {entries[name].path.name} and in {path.name}")
+            entries[name] = entry
+    return entries
+
+
+def expected_shapes(config: dict, where: str | Path) -> dict[str, tuple[int, ...]]:
+    """The tensors that a Llama, Qwen2 or MiMo configuration calls for; a tied output matrix is left out."""
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for name in needed:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise InputError(f"{where}: config.json has no usable {name}; copy the folder again")
+    width, inner, layers, heads, vocabulary = (config[name] for name in needed)
+    head_dim = config.get("head_dim") or width // heads
+    rows = {"q": heads * head_dim, "k": (config.get("num_key_value_heads") or heads) * head_dim}
+    rows["v"] = rows["k"]
+    mimo = config.get("architectures") == [ARCHITECTURE]
+    biases = mimo or config.get("model_type") == "qwen2" or config.get("attention_bias")
+    layer = {
+        **{f"{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")},
+        **{f"self_attn.{name}_proj.weight": (count, width) for name, count in rows.items()},
+        **({f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()} if biases else {}),
+        "self_attn.o_proj.weight": (width, rows["q"]),
+        **{f"mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")},
+        "mlp.down_proj.weight": (width, inner),
+    }
+    shapes = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (vocabulary, width)
+    for n in range(layers):
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    if mimo:
+        own = {
+            f"{name}.weight": (width,) for name in ("token_layernorm", "hidden_layernorm", "final_layernorm")
+        }
+        own["input_proj.weight"] = (width, 2 * width)
+        shapes |= {f"{PREFIX}0.{name}": shape for name, shape in (layer | own).items()}
+    return shapes
+
+
+def check_config(config: dict, where: str | Path) -> None:
+    """InputError for a configuration that the MiMo layout cannot express, before any weight is read."""
+    kind, architectures = config.get("model_type"), config.get("architectures") or [ARCHITECTURE]
+    if config.get("architectures") != [ARCHITECTURE] and (
+        kind not in ENGINE_TYPES or not str(architectures[0]).endswith("ForCausalLM")
+    ):
+        raise InputError(
+            f"{where}: model type '{kind}' ({architectures[0]}) is not supported; give a Llama or Qwen2 "
+            "causal language model or MiMo"
+        )
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
+        raise InputError(f"{where}: quantised weights ({method}); give the unquantised model")
+    if config.get("attention_bias") and config.get("architectures") != [ARCHITECTURE]:
+        raise InputError(
+            f"{where}: attention_bias=true means output-projection biases, which the layout cannot express"
+        )
+    for key in ("mlp_bias", "use_sliding_window"):
+        if config.get(key):
+            raise InputError(f"{where}: config.json has {key}=true, which the MiMo layout cannot express")
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(
+            f"{where}: config.json has hidden_act={config['hidden_act']}; engines take silu alone"
+        )
+
+
+def check_weights(folder: str | Path) -> dict[str, Entry]:
+    """Names, shapes and dtypes of a model folder against its config.json, from the headers alone.
+
+    Raises InputError in one line that names tensors; returns the headers' entries.
+    """
+    folder = files.existing(folder, "model folder")
+    config = files.read_json(folder / "config.json")
+    check_config(config, folder)
+    entries, shapes = headers(folder), expected_shapes(config, folder)
+    odd = [n for n, e in entries.items() if e.dtype not in DTYPES or n.endswith(QUANTISED)]
+    if odd:
+        raise InputError(
+            f"{folder}: tensors that are quantised or not float32, bfloat16 or float16: {_some(odd)}; "
+            "give the unquantised model"
+        )
+    missing = [name for name in shapes if name not in entries]
+    optional = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    unknown = [n for n in entries if n not in shapes and n not in optional and not n.endswith("inv_freq")]
+    if missing or unknown:
+        raise InputError(
+            f"{folder}: the weights are not what config.json describes: {_some(missing)} missing, "
+            f"{_some(unknown)} unknown; copy the folder again or give the model's own"
+        )
+    for name, shape in shapes.items():
+        if entries[name].shape != shape:
+            raise InputError(
+                f"{folder}: {name} is {entries[name].shape}, config.json calls for {shape}; "
+                "one of them is another model's"
+            )
+    return entries
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)}" + (
+        f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    )
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str | Path) -> None:
+    """InputError naming the first tensor that holds an infinite value or a NaN."""
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{where}: {name} has values that are not finite; copy it again or train anew")
 
 
 def head_folder(name: str | Path) -> Path:
@@ -61,22 +246,41 @@ def head_folder(name: str | Path) -> Path:
 def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
     """Head tensors by full name, of what `head_folder` finds. InputError unless they are exactly a head."""
     folder = head_folder(folder)
-    head = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                head |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(PREFIX)}
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
-    if head.keys() != HEAD_TENSORS:
-        missing, extra = sorted(HEAD_TENSORS - head.keys()), sorted(head.keys() - HEAD_TENSORS)
-        what = (
-            f"lacks {missing[0]} ({len(missing)} missing)" if missing else f"has an unknown tensor {extra[0]}"
-        )
+    entries = {name: entry for name, entry in headers(folder).items() if name.startswith(PREFIX)}
+    missing, unknown = sorted(HEAD_TENSORS - entries.keys()), sorted(entries.keys() - HEAD_TENSORS)
+    if missing or unknown:
         raise InputError(
-            f"{folder}: not a checkpoint of an MTP head: {what}; give the folder that training wrote"
+            f"{folder}: not a checkpoint of an MTP head: {_some(missing)} tensors missing, {_some(unknown)} "
+            "unknown; give the folder that training wrote"
         )
+    odd = [name for name, entry in entries.items() if entry.dtype not in DTYPES]
+    if odd:
+        raise InputError(
+            f"{folder}: {odd[0]} is {entries[odd[0]].dtype}, not float32, bfloat16 or float16; "
+            "give the unquantised head"
+        )
+    head = dict(read_tensors(entries))
+    check_finite(head.items(), folder)
     return head
+
+
+def check_head(head: dict[str, torch.Tensor], config: dict, where: str | Path) -> None:
+    """InputError if a head has other shapes than a MiMo configuration calls for."""
+    shapes = expected_shapes(config, where)
+    for name, tensor in head.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise InputError(
+                f"{where}: {name} is {tuple(tensor.shape)}, the base calls for {shapes[name]}; "
+                "give a head that was trained on this base"
+            )
+
+
+def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) one after the other, each file opened once."""
+    for path in sorted({entry.path for entry in entries.values()}):
+        with safe_open(path, framework="pt") as tensors:
+            for name in (name for name, entry in entries.items() if entry.path == path):
+                yield name, tensors.get_tensor(name)
 
 
 def is_post_norm(config: dict) -> bool:
@@ -110,7 +314,7 @@ def _write_config(folder: Path, config: dict, model_type: str) -> None:
     config = before | {
         # engines know the type without remote code; the architecture's name brings the head
         "model_type": model_type,
-        "architectures": ["MiMoForCausalLM"],
+        "architectures": [ARCHITECTURE],
         "num_nextn_predict_layers": 1,
         "auto_map": {
             "AutoConfig": "modeling_mimo.MiMoConfig",
@@ -127,12 +331,13 @@ def _write_config(folder: Path, config: dict, model_type: str) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def link(source: Path, target: Path) -> None:
-    """Hard-link a weight file, which costs nothing; copy across file systems."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+def copy(source: Path, target: Path) -> None:
+    """Copy a file; file systems that can share the blocks until one side is written (reflinks) do so."""
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+        except OSError:
+            shutil.copyfileobj(old, new, 16 << 20)
 
 
 def save_head(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

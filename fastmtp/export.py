@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastmtp import files
@@ -23,12 +22,18 @@ from fastmtp.checkpoint import (
     CONTRACT_KEY,
     HEAD_FILE,
     INDEX,
+    LEFT_OUT,
     PREFIX,
     SKIP,
+    Entry,
+    check_finite,
+    check_head,
+    check_weights,
+    copy,
     finish_folder,
     head_folder,
-    link,
     read_head,
+    read_tensors,
     weight_files,
 )
 from fastmtp.cli import InputError, Parser, run
@@ -38,47 +43,47 @@ from fastmtp.tokenizer import load_tokenizer
 def export(base: str | Path, head: str | Path, out: str | Path) -> None:
     """Write folder `out`: the base with the head of checkpoint `head`, cast to the base head's dtype.
 
-    Raises InputError for a missing folder, a checkpoint without head keys, or shapes that differ from the
-    base's.
+    Raises InputError for a base or a head that is not whole, or that do not fit each other.
     """
     base, out = files.existing(base, "model folder"), Path(out)
     if any(Path(given).resolve().is_relative_to(out.resolve()) for given in (base, head)):
         raise InputError(f"{out}: the output must be a new folder, not one of the inputs or around them")
+    files.check_output(out)
     old, new = read_head(base), read_head(head)
-    for name, tensor in new.items():
-        if tensor.shape != old[name].shape:
-            raise InputError(
-                f"{head}: {name} is {tuple(tensor.shape)}, the base has {tuple(old[name].shape)}; "
-                "export onto the base that the head was trained on"
-            )
+    entries, config = check_weights(base), files.read_json(base / "config.json")
+    check_head(new, config, head)
     new = {name: tensor.to(old[name].dtype).contiguous() for name, tensor in new.items()}
+    check_finite(new.items(), f"{head} in {base}'s dtype")
     tokenizer = load_tokenizer(base)
+    check_finite(read_tensors(entries), base)
     with files.atomic(out) as folder:
         folder.mkdir()
-        index = {}
-        for path in weight_files(base):
-            with safe_open(path, framework="pt") as tensors:
-                names = [name for name in tensors.keys() if not name.startswith(PREFIX)]
-                target = BACKBONE_FILE if path.name == "model.safetensors" else path.name
-                if len(names) == len(tensors.keys()):
-                    link(path, folder / target)
-                elif names:
-                    save_file(
-                        {n: tensors.get_tensor(n) for n in names}, folder / target, metadata={"format": "pt"}
-                    )
-            index |= dict.fromkeys(names, target)
-        save_file(new, folder / HEAD_FILE, metadata={"format": "pt"})
-        index |= dict.fromkeys(sorted(new), HEAD_FILE)
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
+        _write_weights(folder, entries, new)
         for path in base.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in SKIP:
+            if path.is_file() and path.suffix not in LEFT_OUT and path.name not in SKIP:
                 shutil.copyfile(path, folder / path.name)
-        config = files.read_json(base / "config.json") | {CONTRACT_KEY: CONTRACT}
-        finish_folder(folder, config, tokenizer)
+        finish_folder(folder, config | {CONTRACT_KEY: CONTRACT}, tokenizer)
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(head_folder(head))
         )
+
+
+def _write_weights(folder: Path, entries: dict[str, Entry], head: dict) -> None:
+    """The backbone's files, without the head's tensors, the new head, and an index of both."""
+    index = {}
+    for path in sorted({entry.path for entry in entries.values()}):
+        inside = {name: entry for name, entry in entries.items() if entry.path == path}
+        kept = {name: entry for name, entry in inside.items() if not name.startswith(PREFIX)}
+        target = BACKBONE_FILE if path.name == "model.safetensors" else path.name
+        if kept == inside:
+            copy(path, folder / target)
+        elif kept:
+            save_file(dict(read_tensors(kept)), folder / target, metadata={"format": "pt"})
+        index |= dict.fromkeys(kept, target)
+    save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+    index |= dict.fromkeys(sorted(head), HEAD_FILE)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
 
 
 def parser() -> Parser:

