@@ -28,7 +28,7 @@ from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.tokenizer import fingerprint, load_tokenizer
 from fastmtp.vocab import corpus
-from fastmtp.vocab.lang import LANGUAGES
+from fastmtp.vocab.lang import LANGUAGES, OTHER
 from fastmtp.vocab.token_counts import COUNTED, HELD_OUT, Counter, Counts
 from fastmtp.vocab.token_map import load_token_map, map_name, parse_size, save_token_map, size_name
 
@@ -101,8 +101,8 @@ def coverage(ids: np.ndarray, counted: np.ndarray) -> float | None:
     return float(counted[ids].sum() / total) if total else None
 
 
-def languages(counts: Counts, wanted: list[str]) -> list[str]:
-    """The languages to make maps for, in order. Raises InputError where one that was named has no text."""
+def languages(counts: Counts, names: list[str]) -> list[str]:
+    """The languages to make maps for, in order. Raises InputError if one that was named has no text."""
     seen = {lang: int(table[COUNTED].sum()) for lang, table in counts.tables.items()}
     seen = {lang: tokens for lang, tokens in sorted(seen.items(), key=lambda item: -item[1]) if tokens}
     if not seen:
@@ -110,15 +110,27 @@ def languages(counts: Counts, wanted: list[str]) -> list[str]:
         raise InputError(
             f"nothing to count in the corpus ({counts.rows} rows outside and inside the held-out slice){why}"
         )
-    chosen = [lang for lang in wanted if lang != "auto"]
+    chosen = [lang for lang in names if lang != "auto"]
     for lang in chosen:
         if lang not in seen:
             raise InputError(f"no text in '{lang}' to count; the corpus has {', '.join(seen)}")
-    if "auto" in wanted:
-        chosen += [
-            n for n, tokens in seen.items() if n not in chosen and tokens >= LEAST_SHARE * sum(seen.values())
-        ]
+    if "auto" in names:
+        enough = LEAST_SHARE * sum(seen.values())
+        chosen += [n for n, tokens in seen.items() if n not in (*chosen, OTHER) and tokens >= enough]
+    if not chosen:
+        raise InputError(
+            f"all text to count ({seen[OTHER]} tokens) is in scripts that are not told apart; if it is in one "
+            "language, name that: --lang NAME"
+        )
     return chosen
+
+
+def left_out(counts: Counts, langs: list[str]) -> str | None:
+    """One line about text for which no map was made; None if there is none."""
+    rest = {lang: int(table.sum()) for lang, table in counts.tables.items() if lang not in langs}
+    about = {OTHER: " in scripts that are not told apart"}
+    parts = [f"{lang} {tokens} tokens{about.get(lang, '')}" for lang, tokens in rest.items() if tokens]
+    return f"left out, no map made: {', '.join(parts)}" if parts else None
 
 
 def table(maps: dict[str, np.ndarray], held_out: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> str:
@@ -274,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = list(dict.fromkeys(args.lang.split(",")))
     sizes = sorted({parse_size(text) for text in args.sizes.split(",")})
     for lang in wanted:
-        if not (lang.isascii() and lang.isalpha() and lang != UNION):
+        if not (lang.isascii() and lang.isalpha() and lang not in (UNION, OTHER)):
             raise InputError(f"lang '{lang}': expected names such as en or zh, or auto")
         if len(wanted) > 1 and lang not in (*LANGUAGES, "auto"):
             raise InputError(
@@ -332,6 +344,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.write_provenance(out, vars(args), [*paths, *args.compare])
     counted = ", ".join(f"{lang} {t[COUNTED].sum() + t[HELD_OUT].sum()}" for lang, t in counts.tables.items())
     print(f"{counts.rows} rows, {counts.tokens} tokens: {counted}")
+    if (rest := left_out(counts, langs)) is not None:
+        print(rest)
     if counts.bad:
         print(f"{counts.bad} broken rows skipped, the first: {counts.first_bad}")
     print(table({name: ids for name, (_, ids, _) in picked.items()}, held_out, given))

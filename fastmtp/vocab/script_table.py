@@ -15,36 +15,48 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmtp.vocab.lang import LANGUAGES, letters, most
+from fastmtp.vocab.lang import LANGUAGES, OTHER, letters, most
 
 WINDOW = 64  # ids that are looked at: about fifty English words
 ENOUGH = (
     2.5  # tokens' worth of letters below which nothing is said: "assistant" alone, the head of a turn, is 1.8
 )
+KINDS = (*LANGUAGES, OTHER)
 SPECIAL = 255
 
-# First bytes of UTF-8 characters, where a token ends in the middle of one.
+# First bytes of UTF-8 characters, if a token ends in the middle of one. Bytes that two scripts share, of which
+# none has most of the letters, say nothing (C8 to CF without Greek, D4, DD, E1, E2).
 _FIRST_BYTES = {
-    **dict.fromkeys(range(0xC3, 0xCA), "en"),
-    **dict.fromkeys((0xCE, 0xCF), "el"),
-    **dict.fromkeys(range(0xD0, 0xD5), "ru"),
-    **dict.fromkeys((0xD6, 0xD7), "he"),
-    **dict.fromkeys(range(0xD8, 0xDE), "ar"),
-    0xE3: "ja",
-    **dict.fromkeys(range(0xE4, 0xEA), "zh"),
-    **dict.fromkeys(range(0xEA, 0xEE), "ko"),
+    **dict.fromkeys(map(bytes, zip(range(0xC3, 0xCA))), "en"),
+    **dict.fromkeys((b"\xce", b"\xcf"), "el"),
+    **dict.fromkeys(map(bytes, zip(range(0xD0, 0xD4))), "ru"),
+    **dict.fromkeys((b"\xd6", b"\xd7"), "he"),
+    **dict.fromkeys(map(bytes, zip(range(0xD8, 0xDC))), "ar"),
+    **dict.fromkeys((b"\xd5", b"\xdc", b"\xde", b"\xdf", b"\xe0"), OTHER),
+    b"\xe3": "ja",
+    **dict.fromkeys(map(bytes, zip(range(0xE4, 0xEA))), "zh"),
+    **dict.fromkeys(map(bytes, zip(range(0xEA, 0xEE))), "ko"),
 }
+
+
+def _first_bytes(start: bytes) -> str | None:
+    """The language of a character's first byte or two (of three)."""
+    if len(start) == 2 and start[0] in (0xE0, 0xE1, 0xE2):
+        # Any character of the 64 that begin so: blocks are larger than that.
+        said = letters("".join((start + bytes([last])).decode(errors="ignore") for last in range(0x80, 0xC0)))
+        return most(said) if any(said.values()) else None
+    return _FIRST_BYTES.get(start[:1])
 
 
 @dataclass
 class ScriptTable:
-    """kind: [V] uint8, index into LANGUAGES or SPECIAL; weight: [V] float32, 0 for ids without letters."""
+    """kind: [V] uint8, index into KINDS or SPECIAL; weight: [V] float32, 0 for ids without letters."""
 
     kind: np.ndarray
     weight: np.ndarray
 
     def language(self, ids: Sequence[int]) -> str | None:
-        """Of the last 64 ids; None where they have too few letters to tell. Ids outside the table say
+        """Of the last 64 ids; None if they have too few letters to tell. Ids outside the table say
         nothing.
         """
         last = np.asarray(ids[-WINDOW:], dtype=np.int64)
@@ -53,8 +65,8 @@ class ScriptTable:
         lettered = weight > 0
         if weight.sum() < ENOUGH:
             return None
-        said = np.bincount(self.kind[last[lettered]], weights=weight[lettered], minlength=len(LANGUAGES))
-        return most(dict(zip(LANGUAGES, said.tolist(), strict=True)))
+        said = np.bincount(self.kind[last[lettered]], weights=weight[lettered], minlength=len(KINDS))
+        return most(dict(zip(KINDS, said.tolist(), strict=True)))
 
     def prompt_language(self, ids: Sequence[int]) -> str | None:
         """Of the last turn that says enough: turns lie between special ids, and an English system text says
@@ -64,8 +76,8 @@ class ScriptTable:
         inside = (known >= 0) & (known < len(self.kind))
         cuts = np.flatnonzero(inside & (self.kind[np.where(inside, known, 0)] == SPECIAL))
         for turn in reversed(np.split(known, cuts)):
-            if (found := self.language(turn)) is not None:
-                return found
+            if (lang := self.language(turn)) is not None:
+                return lang
         return None
 
 
@@ -85,7 +97,7 @@ def build(tokenizer) -> ScriptTable:
             continue
         said = _said(bytes_of(token))
         lang = most(said)
-        kind[i], weight[i] = LANGUAGES.index(lang), said[lang]
+        kind[i], weight[i] = KINDS.index(lang), said[lang]
     return ScriptTable(kind, weight)
 
 
@@ -95,8 +107,8 @@ def _said(token: bytes) -> dict[str, float]:
     """
     said = letters(token.decode("utf-8", errors="ignore"))
     for start in re.findall(rb"[\xc3-\xed](?![\x80-\xbf])|[\xe0-\xed][\x80-\xbf](?![\x80-\xbf])", token):
-        if start[0] in _FIRST_BYTES:
-            said[_FIRST_BYTES[start[0]]] += 0.5
+        if lang := _first_bytes(start):
+            said[lang] += 0.5
     return said
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmtp.vocab.lang import LANGUAGES, LOOK_AT, detect
+from fastmtp.vocab.lang import LANGUAGES, LOOK_AT, OTHER, detect, letters
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,24 @@ from fastmtp.vocab.lang import LANGUAGES, LOOK_AT, detect
         ("วันนี้อากาศดี", "th"),
         ("Ο καιρός είναι καλός", "el"),
         ("מזג האוויר יפה", "he"),
+        ("নদীর জল আজ শান্ত, আকাশ পরিষ্কার।", "other"),
+        ("ტყეში ჩიტები მღერიან", "other"),
+        ("Անտառում թռչունները երգում են", "other"),
+        ("ወንዙ ዛሬ ጸጥ ብሏል", "other"),
+        ("இன்று வானிலை நன்றாக உள்ளது", "other"),
+        ("ဒီနေ့ ရာသီဥတု ကောင်းတယ်", "other"),
+        ("ថ្ងៃនេះអាកាសធាតុល្អ", "other"),
+        ("ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ", "other"),
+        ("𞤆𞤵𞤤𞤢𞤪 𞤬𞤵𞤤𞤬𞤵𞤤𞤣𞤫", "other"),
+        ("ܫܠܡܐ ܥܠܝܟܘܢ", "other"),
+        ("PDF: নদীর জল আজ শান্ত, আকাশ পরিষ্কার।", "other"),
+        ("The river Padma (পদ্মা) is one of the longest in the country.", "en"),
+        ("𝑥 + 𝑦 = 𝑧 for all 𝑥, 𝑦 ∈ ℝ", "en"),
+        ("５０ ＡＢＣ", "en"),
+        ("5 µm, 3 Ω, 20 °C, 1ª, x², ♥️, 👍🏽", "en"),
+        ("Thời tiết hôm nay đẹp", "en"),
+        ("ə ˈɹɪvɚ flows", "en"),
+        ("ﺍﻟﻄﻘﺲ ﺟﻤﻴﻞ", "ar"),
     ],
 )
 def test_languages(text, lang):
@@ -42,7 +60,8 @@ def test_only_the_beginning_counts():
 
 @given(st.text())
 def test_every_text_has_a_language(text):
-    assert detect(text) in LANGUAGES
+    assert detect(text) in (*LANGUAGES, OTHER)
+    assert detect("no letters of it: " * 9 + "👍🏽") == "en" and letters(text)[OTHER] >= 0
 
 
 @given(st.text(alphabet="0123456789 .,+-=()\n", max_size=50))
