@@ -13,7 +13,6 @@ answers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -25,14 +24,16 @@ import numpy as np
 import torch
 
 from fastmtp import files
-from fastmtp.cli import InputError, Parser, run
+from fastmtp import fingerprint as content
+from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.tokenizer import fingerprint, load_tokenizer
 from fastmtp.vocab import corpus
+from fastmtp.vocab.coverage import UNION, coverage, left_out, plot, table
+from fastmtp.vocab.draft_vocab import load_map
 from fastmtp.vocab.lang import LANGUAGES, OTHER
 from fastmtp.vocab.token_counts import COUNTED, HELD_OUT, Counter, Counts
-from fastmtp.vocab.token_map import load_token_map, map_name, parse_size, save_token_map, size_name
+from fastmtp.vocab.token_map import map_name, parse_size, save_token_map
 
-UNION = "union"
 LEAST_SHARE = 0.01  # of the corpus: `auto` makes no map for a language that has less
 
 
@@ -41,7 +42,7 @@ def forced_ids(tokenizer, name: str) -> np.ndarray:
     bytes.
 
     With the bytes in, any text can be drafted, if slowly; end tokens come from the tokenizer and from the
-    model's generation_config.json and config.json where they lie beside it.
+    model's generation_config.json and config.json if they lie beside it.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers.utils import cached_file
@@ -51,8 +52,8 @@ def forced_ids(tokenizer, name: str) -> np.ndarray:
     for config in ("generation_config.json", "config.json"):
         path = cached_file(name, config, _raise_exceptions_for_missing_entries=False)
         if path:
-            end = json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id")
-            forced.update(end if isinstance(end, list) else [] if end is None else [end])
+            end = files.read_json(path).get("eos_token_id")
+            forced.update(i for i in (end if isinstance(end, list) else [end]) if type(i) is int)
     single = [
         *ByteLevel.alphabet(),
         *(f"<0x{byte:02X}>" for byte in range(256)),
@@ -95,12 +96,6 @@ def pick(ranking: np.ndarray, forced: np.ndarray, vocab: np.ndarray, size: int) 
     return np.flatnonzero(taken), filled
 
 
-def coverage(ids: np.ndarray, counted: np.ndarray) -> float | None:
-    """Share of a count's tokens that are in the map; None for an empty count."""
-    total = counted.sum()
-    return float(counted[ids].sum() / total) if total else None
-
-
 def languages(counts: Counts, names: list[str]) -> list[str]:
     """The languages to make maps for, in order. Raises InputError if one that was named has no text."""
     seen = {lang: int(table[COUNTED].sum()) for lang, table in counts.tables.items()}
@@ -125,76 +120,9 @@ def languages(counts: Counts, names: list[str]) -> list[str]:
     return chosen
 
 
-def left_out(counts: Counts, langs: list[str]) -> str | None:
-    """One line about text for which no map was made; None if there is none."""
-    rest = {lang: int(table.sum()) for lang, table in counts.tables.items() if lang not in langs}
-    about = {OTHER: " in scripts that are not told apart"}
-    parts = [f"{lang} {tokens} tokens{about.get(lang, '')}" for lang, tokens in rest.items() if tokens]
-    return f"left out, no map made: {', '.join(parts)}" if parts else None
-
-
-def table(maps: dict[str, np.ndarray], held_out: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> str:
-    """Coverage of each map (rows) on each language's held-out text (columns), and what languages' maps share."""
-    width = max(map(len, ["held-out tokens", *maps, *given]))
-    lines = [f"{'map':<{width}} {'ids':>7}" + "".join(f"{lang:>9}" for lang in held_out)]
-    lines.append(
-        f"{'held-out tokens':<{width}} {'':>7}" + "".join(f"{t.sum():>9}" for t in held_out.values())
-    )
-    for name, ids in [*maps.items(), *given.items()]:
-        shares = [coverage(ids, tokens) for tokens in held_out.values()]
-        cells = "".join(f"{'-':>9}" if share is None else f"{100 * share:>8.2f}%" for share in shares)
-        lines.append(f"{name:<{width}} {len(ids):>7}{cells}")
-    names = [name for name in maps if not name.startswith(UNION)]
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            if len(maps[one]) == len(maps[other]):
-                shared = len(np.intersect1d(maps[one], maps[other]))
-                lines.append(f"{one} and {other} share {shared} ids ({100 * shared / len(maps[one]):.1f}%)")
-    return "\n".join(lines)
-
-
-def plot(
-    path: Path, rankings: dict[str, np.ndarray], held_out: dict[str, np.ndarray], sizes: list[int]
-) -> None:
-    """PNG: rank against the share of held-out text covered so far; colours are texts, line styles are
-    rankings.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    styles = dict(zip(rankings, ["-", "--", "-.", ":"] * len(rankings), strict=False))
-    for colour, (lang, tokens) in enumerate(held_out.items()):
-        for name, ranking in rankings.items():
-            if tokens.sum():
-                covered = tokens[ranking].cumsum() / tokens.sum()
-                label = f"{lang} text, {name} ranking ({100 * covered[-1]:.1f} % at its end)"
-                axes.plot(
-                    np.arange(1, len(covered) + 1), covered, styles[name], color=f"C{colour}", label=label
-                )
-    for size in sizes:
-        axes.axvline(size, color="0.8", linewidth=0.8, zorder=0)
-        axes.text(size, 0.01, size_name(size), rotation=90, fontsize=7, color="0.4", ha="right")
-    axes.set(
-        xscale="log",
-        ylim=(0, 1.01),
-        xlabel="rank of the token in the counted text",
-        ylabel="share of held-out tokens",
-    )
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    with files.atomic(path) as temporary:
-        # No version in the file's metadata: the same counts give the same bytes.
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
-
-
-def gather(args, tokenizer, paths: list[Path], wanted: list[str]) -> Counts:
-    """Count the corpus, continuing a count that was cut short if asked to; its tables are removed by `main`."""
-    fixed = wanted[0] if len(wanted) == 1 and wanted != ["auto"] else None
+def gather(args, tokenizer, paths: list[Path], names: list[str]) -> Counts:
+    """Count the corpus, continuing a count that was cut short if asked to."""
+    fixed = names[0] if len(names) == 1 and names != ["auto"] else None
     counter = Counter(tokenizer, args.column, fixed, args.held_out, args.seed, args.on_error == "skip")
     state = state_path(args, tokenizer, paths, fixed)
     counts = Counts(counter.size)
@@ -208,10 +136,8 @@ def gather(args, tokenizer, paths: list[Path], wanted: list[str]) -> Counts:
     try:
         counter.count(chunks, counts, args.workers, state, total)
     except KeyboardInterrupt:
-        print(
-            "python -m fastmtp.build_vocab: interrupted; the same command with --resume continues",
-            file=sys.stderr,
-        )
+        then = "with --resume continues" if state.exists() else "starts from the beginning"
+        print(f"fastmtp.build_vocab: interrupted; the same command {then}", file=sys.stderr)
         raise SystemExit(1) from None
     state.unlink(missing_ok=True)
     return counts
@@ -219,19 +145,11 @@ def gather(args, tokenizer, paths: list[Path], wanted: list[str]) -> Counts:
 
 def state_path(args, tokenizer, paths: list[Path], fixed: str | None) -> Path:
     """Where a count's tables are kept while it runs; another corpus or other rules have another name."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    rules = [
-        fingerprint(tokenizer),
-        stats,
-        args.dataset,
-        args.split,
-        args.column,
-        fixed,
-        args.held_out,
-        args.seed,
-    ]
-    tag = hashlib.sha256(json.dumps([*rules, args.on_error]).encode()).hexdigest()[:12]
-    return Path(args.out) / f".counts.{tag}.npz"
+    rules = {
+        name: getattr(args, name) for name in ("dataset", "split", "column", "held_out", "seed", "on_error")
+    }
+    rules |= {"tokenizer": fingerprint(tokenizer), "lang": fixed}
+    return Path(args.out) / f".counts.{content.digest(content.fingerprint({'corpus': paths}, rules))}.npz"
 
 
 def parser() -> Parser:
@@ -281,56 +199,78 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    wanted = list(dict.fromkeys(args.lang.split(",")))
-    sizes = sorted({parse_size(text) for text in args.sizes.split(",")})
-    for lang in wanted:
+def check_arguments(args) -> tuple[list[str], list[int], list[Path]]:
+    """Names of languages, sizes and files to read. Raises InputError for what cannot be."""
+    names = list(dict.fromkeys(args.lang.split(",")))
+    for lang in names:
         if not (lang.isascii() and lang.isalpha() and lang not in (UNION, OTHER)):
             raise InputError(f"lang '{lang}': expected names such as en or zh, or auto")
-        if len(wanted) > 1 and lang not in (*LANGUAGES, "auto"):
+        if len(names) > 1 and lang not in (*LANGUAGES, "auto"):
             raise InputError(
                 f"lang '{lang}' cannot be told from others by its script; count it alone, with --lang {lang}"
             )
     if not 0 <= args.held_out < 1:
         raise InputError(f"--held-out {args.held_out}: expected a share from 0 up to, not including, 1")
-    if args.workers < 1:
-        raise InputError(f"--workers {args.workers}: expected at least 1")
-    paths = corpus.expand(args.input or [])
-    tokenizer = load_tokenizer(args.tokenizer)
-    vocab = np.array(sorted(set(tokenizer.get_vocab().values())), dtype=np.int64)
-    forced = forced_ids(tokenizer, args.tokenizer)
+    at_least(args, 1, "workers")
+    sizes = sorted({parse_size(text) for text in args.sizes.split(",")})
+    return names, sizes, corpus.expand(args.input or [])
+
+
+def check_sizes(sizes: list[int], vocab: np.ndarray, forced: np.ndarray) -> None:
+    """InputError for maps larger than the vocabulary, or too small for what every map holds."""
     if sizes[-1] > len(vocab):
         raise InputError(f"--sizes: {sizes[-1]} is more than the tokenizer's {len(vocab)} ids; leave it out")
     if sizes[0] < len(forced):
         raise InputError(
             f"--sizes: {sizes[0]} is less than the {len(forced)} special and byte tokens of every map"
         )
-    given = {path: load_token_map(path, int(vocab[-1]) + 1).numpy() for path in args.compare}
 
-    counts = gather(args, tokenizer, paths, wanted)
-    langs = languages(counts, wanted)
+
+def claim(out: Path, names: list[str], sizes: list[int]) -> None:
+    """Claim the folder before minutes are spent; InputError if somebody else's file would be replaced."""
+    files.claim(out, folder=True)
+    maps = [map_name(name, size) for name in (*names, UNION) for size in sizes if name != "auto"]
+    for name in [*(f"{name}{end}" for name in maps for end in (".pt", ".json")), "coverage.png"]:
+        files.check_output(out / name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    names, sizes, paths = check_arguments(args)
+    tokenizer = load_tokenizer(args.tokenizer)
+    vocab = np.array(sorted(set(tokenizer.get_vocab().values())), dtype=np.int64)
+    forced = forced_ids(tokenizer, args.tokenizer)
+    check_sizes(sizes, vocab, forced)
+    compared = {path: load_map(path, tokenizer, int(vocab[-1]) + 1).numpy() for path in args.compare}
+    out = Path(args.out)
+    claim(out, names, sizes)
+
+    # One pass over the corpus, then each language's and size's map from the same counts.
+    try:
+        counts = gather(args, tokenizer, paths, names)
+        langs = languages(counts, names)
+    except InputError:
+        files.abandon(out)
+        raise
     rankings = {lang: rank(counts.tables[lang][COUNTED]) for lang in langs}
     if len(langs) > 1:
         rankings[UNION] = union_rank(list(rankings.values()), counts.size)
     held_out = {lang: counts.tables[lang][HELD_OUT] for lang in langs}
-    meaning = fingerprint(tokenizer)
     picked = {
         map_name(n, size): (n, *pick(r, forced, vocab, size)) for n, r in rankings.items() for size in sizes
     }
 
-    out = Path(args.out)
     command = shlex.join(["python", "-m", "fastmtp.build_vocab", *(sys.argv[1:] if argv is None else argv)])
-    names = [path.name for path in paths] or [f"{args.dataset}[{args.split}]"]
+    sources = [path.name for path in paths] or [f"{args.dataset}[{args.split}]"]
     for name, (lang, ids, filled) in picked.items():
         about = {
             "lang": lang,
             "tokenizer": {
                 "name": Path(args.tokenizer).name if Path(args.tokenizer).exists() else args.tokenizer,
-                "sha256_of_vocabulary": meaning,
+                "sha256_of_vocabulary": fingerprint(tokenizer),
                 "ids": len(vocab),
             },
-            "corpus": args.corpus or ", ".join(names),
+            "corpus": args.corpus or ", ".join(sources),
             "tokens_counted": {n: int(counts.tables[n][COUNTED].sum()) for n in langs},
             "tokens_held_out": {n: int(t.sum()) for n, t in held_out.items()},
             "coverage_of_held_out": {n: coverage(ids, t) for n, t in held_out.items()},
@@ -342,13 +282,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(tokens.sum() for tokens in held_out.values()):
         plot(out / "coverage.png", rankings, held_out, sizes)
     files.write_provenance(out, vars(args), [*paths, *args.compare])
-    counted = ", ".join(f"{lang} {t[COUNTED].sum() + t[HELD_OUT].sum()}" for lang, t in counts.tables.items())
+    report(counts, langs)
+    print(table({name: ids for name, (_, ids, _) in picked.items()}, held_out, compared))
+
+
+def report(counts: Counts, langs: list[str]) -> None:
+    """Print what was counted, left out and skipped."""
+    counted = ", ".join(f"{lang} {table.sum()}" for lang, table in counts.tables.items())
     print(f"{counts.rows} rows, {counts.tokens} tokens: {counted}")
     if (rest := left_out(counts, langs)) is not None:
         print(rest)
     if counts.bad:
         print(f"{counts.bad} broken rows skipped, the first: {counts.first_bad}")
-    print(table({name: ids for name, (_, ids, _) in picked.items()}, held_out, given))
 
 
 if __name__ == "__main__":

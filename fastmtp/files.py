@@ -206,6 +206,16 @@ def release(output: str | Path) -> None:
         os.close(handle)
 
 
+def abandon(output: str | Path) -> None:
+    """Take back a claim on a folder if nothing has been written there; a no-op otherwise."""
+    output = Path(output)
+    record = record_of(output)
+    if record.absolute() in _claimed and [*output.iterdir()] == [record]:
+        record.unlink()
+        release(output)
+        output.rmdir()
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path` (file or folder, the caller makes it); rename it there on success.

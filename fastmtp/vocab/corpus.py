@@ -1,5 +1,5 @@
 """Text to count tokens on, from files or a Hub data set, in chunks of half a megabyte, whatever the corpus's
-size.
+size. A single row may have up to LONGEST bytes; a longer one is refused and never held in memory.
 
 A row is one of: a distilled sample or training row (exact token ids, used as they are), a chat (`messages`:
 the assistant's turns), a row with a text column (its answer or text), or a paragraph of a .txt file.
@@ -7,20 +7,21 @@ the assistant's turns), a row with a text column (its answer or text), or a para
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from fastmtp.cli import InputError
 
-CHUNK = (
-    500_000  # bytes of text: enough to make up for its way to a worker, little enough to hold two a worker
-)
+CHUNK = 500_000  # bytes of text: worth its way to a worker, small enough to hold two per worker
 PARAGRAPH = 100_000  # longest run of .txt lines taken as one sample
+LONGEST = 16 << 20  # bytes of one row: a book of five million words
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
 
 
@@ -31,23 +32,23 @@ class Row(NamedTuple):
 
 class Chunk(NamedTuple):
     rows: list[Row]
-    position: int  # bytes read from disk since the chunk before; 0 where unknown
+    position: int  # bytes read from disk since the chunk before; 0 if unknown
 
 
 class Answer(NamedTuple):
-    text: str | None  # None where only the ids are known
+    text: str | None  # None if only the ids are known
     ids: list[int] | None  # exact token ids, used as they are; None: tokenise `text`
     closed: bool  # the model ends it with its end token (ids bring their own)
 
 
 def expand(patterns: list[str]) -> list[Path]:
-    """Files that the paths and glob patterns name, each once, in order; InputError where there are none."""
+    """Files that the paths and glob patterns name, each once, in order; InputError if there are none."""
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        if not found:
+        names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        if not names:
             raise InputError(f"{pattern}: no such file; check the path or pattern")
-        for name in found:
+        for name in names:
             if not name.endswith(SUFFIXES):
                 raise InputError(f"{name}: unknown kind of file; expected {', '.join(SUFFIXES)}")
             paths[Path(name)] = None
@@ -67,7 +68,7 @@ def file_chunks(paths: list[Path], column: str | None) -> Iterator[Chunk]:
 
 
 def dataset_chunks(name: str, split: str, column: str | None) -> Iterator[Chunk]:
-    """Chunks of a Hub data set (or a local folder that `datasets` reads), streamed; InputError where it
+    """Chunks of a Hub data set (or a local folder that `datasets` reads), streamed. Raises InputError if it
     cannot be had.
     """
     try:
@@ -90,23 +91,25 @@ def answers(row: Row, column: str | None) -> list[Answer]:
     if isinstance(content, str):
         return [_answer(row, content, None, closed=False)]
     if isinstance(content, bytes):
+        if len(content) > LONGEST:
+            raise _too_long(row)
         try:
             content = json.loads(content)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-            raise InputError(f"{row.where}: not JSON ({reason}); mend or remove this line") from None
+            raise InputError(f"{row.where}: not JSON ({reason}); fix or remove this line") from None
         if not isinstance(content, dict):
             raise InputError(
-                f"{row.where}: expected a JSON object, found {type(content).__name__}; mend this line"
+                f"{row.where}: expected a JSON object, found {type(content).__name__}; fix this line"
             )
     if column in (None, "output_ids") and _is_ids(content.get("output_ids")):
         return _distilled(row, content)
     if column is None:
         column = next((name for name in ("messages", "text") if content.get(name) is not None), None)
         if column is None:
-            names = ", ".join(map(str, content))
             raise InputError(
-                f"{row.where}: no messages, output_ids or text; name the text with --column (columns: {names})"
+                f"{row.where}: no messages, output_ids or text; name the text with --column "
+                f"(columns: {_names(content)})"
             )
     value = content.get(column)
     if isinstance(value, str):
@@ -116,20 +119,21 @@ def answers(row: Row, column: str | None) -> list[Answer]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         turns = _assistant(row, value)
         if not turns:
-            raise InputError(f"{row.where}: the chat has no assistant turn; mend or remove this row")
+            raise InputError(f"{row.where}: the chat has no assistant turn; fix or remove this row")
         return turns
     if column not in content:
         raise InputError(
-            f"{row.where}: no column '{column}'; choose another --column (columns: {', '.join(map(str, content))})"
+            f"{row.where}: no column '{column}'; choose another --column (columns: {_names(content)})"
         )
     raise InputError(
-        f"{row.where}: '{column}' is neither text, token ids nor messages; mend or remove this row"
+        f"{row.where}: '{column}' is neither text, token ids nor messages; fix or remove this row"
     )
 
 
 def _distilled(row: Row, content: dict) -> list[Answer]:
     """A distilled sample's own tokens: all turns that carry theirs, or else `output_ids`, the last turn's."""
-    turns = _assistant(row, content.get("messages") or [])
+    messages = content.get("messages")
+    turns = _assistant(row, messages if isinstance(messages, list) else [])
     exact = [turn for turn in turns if turn.ids is not None]
     return exact or [_answer(row, turns[-1].text if turns else None, content["output_ids"], closed=False)]
 
@@ -139,7 +143,7 @@ def _assistant(row: Row, messages: list[dict]) -> list[Answer]:
     turns = []
     for message in messages:
         if not isinstance(message, dict) or "role" not in message:
-            raise InputError(f"{row.where}: a message without a role; mend or remove this row")
+            raise InputError(f"{row.where}: a message without a role; fix or remove this row")
         if message["role"] != "assistant":
             continue
         content, ids = message.get("content"), message.get("token_ids")
@@ -147,18 +151,30 @@ def _assistant(row: Row, messages: list[dict]) -> list[Answer]:
             content, ids = None, content.get("token_ids")
         if not (_is_ids(ids) or ids is None and isinstance(content, str)):
             raise InputError(
-                f"{row.where}: an assistant turn has neither text nor token ids; mend or remove this row"
+                f"{row.where}: an assistant turn has neither text nor token ids; fix or remove this row"
             )
         turns.append(_answer(row, content, ids, closed=ids is None))
     return turns
 
 
 def _answer(row: Row, text: str | None, ids: list[int] | None, closed: bool) -> Answer:
+    if len(text or "") > LONGEST:
+        raise _too_long(row)
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError:  # tokenizers would fail on it without saying where
-        raise InputError(f"{row.where}: text that is not valid UTF-8; mend or remove it") from None
+        raise InputError(f"{row.where}: text that is not valid UTF-8; fix or remove it") from None
     return Answer(text, ids, closed)
+
+
+def _names(content: dict) -> str:
+    """A row's columns, as far as they fit into a message."""
+    names = ", ".join(map(str, content))
+    return names if len(names) < 200 else names[:200] + "..."
+
+
+def _too_long(row: Row) -> InputError:
+    return InputError(f"{row.where}: longer than {LONGEST >> 20} MB; split or remove this row")
 
 
 def _is_ids(value: object) -> bool:
@@ -177,26 +193,40 @@ def _lines(path: Path) -> Iterator[Chunk]:
             before = position
 
 
-def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
+def _json_lines(path: Path, lines: BinaryIO) -> Iterator[Row]:
+    for number in itertools.count(1):
+        line = lines.readline(LONGEST + 1)
+        if not line:
+            return
+        rest = line
+        while len(rest) > LONGEST and not rest.endswith(b"\n"):  # what is left of it is passed over in pieces
+            rest = lines.readline(LONGEST + 1)
         if line.strip():
             yield Row(f"{path}:{number}", line)
 
 
-def _paragraphs(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
+def _paragraphs(path: Path, lines: BinaryIO) -> Iterator[Row]:
     """Lines up to and with the blank ones after them: cutting elsewhere would change how newlines are
-    tokenised.
+    tokenised. A line longer than PARAGRAPH comes in several pieces.
     """
     part: list[str] = []
     length = 0
-    for number, line in enumerate(lines, 1):
-        text = line.decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 are refused in `answers`
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        "surrogateescape"
+    )  # bytes that are no UTF-8: see `answers`
+    for number in itertools.count(1):
+        line = lines.readline(PARAGRAPH)
+        if not line:
+            break
+        text = decoder.decode(line)
+        text = text.removeprefix("\ufeff") if number == 1 else text
         if part and (text.strip() and not part[-1].strip() or length > PARAGRAPH):
             yield Row(f"{path}:{number - len(part)}", "".join(part))
             part, length = [], 0
         part.append(text)
         length += len(text)
-    if part and "".join(part).strip():
+    part.append(decoder.decode(b"", final=True))
+    if "".join(part).strip():
         yield Row(f"{path}:{number + 1 - len(part)}", "".join(part))
 
 
@@ -218,14 +248,18 @@ def _parquet(path: Path, column: str | None) -> Iterator[Chunk]:
             raise InputError(
                 f"{path}: {missing}; choose a --column (columns: {', '.join(table.schema_arrow.names)})"
             )
-        batches = table.iter_batches(batch_size=256, columns=columns)
+        groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+        row_bytes = sum(group.total_byte_size for group in groups) / max(1, table.metadata.num_rows)
+        at_once = max(1, min(256, int(8 * CHUNK / max(1, row_bytes))))
+        batches = table.iter_batches(batch_size=at_once, columns=columns)
         rows = (row for batch in batches for row in batch.to_pylist())
         for chunk in _by_size(Row(f"{path}:row {i}", row) for i, row in enumerate(rows)):
             yield Chunk(chunk.rows, path.stat().st_size * len(chunk.rows) // table.metadata.num_rows)
-    except pyarrow.ArrowException as error:
-        raise InputError(
-            f"{path}: not a parquet file that can be read ({str(error).splitlines()[0]})"
-        ) from None
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a parquet file that can be read ({reason}); fetch it again") from None
 
 
 def _by_size(rows: Iterable[Row]) -> Iterator[Chunk]:

@@ -1,8 +1,9 @@
 """How often each token occurs in a corpus, per language, with a held-out slice counted apart.
 
 Worker processes read, tokenise and count a chunk each; what they send back is a few thousand counts, which
-are summed in one table of V counts a language. So memory does not grow with the corpus, and sums do not
-depend on the number of workers. The tables are saved as they grow; `Counts.load` brings them back.
+are summed in one table of V counts per language. Long texts are tokenised in pieces. So memory does not grow
+with the corpus or its longest row, and sums do not depend on the number of workers. The tables are saved as
+they grow; `Counts.load` brings them back.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from tqdm import tqdm
 from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.vocab.corpus import Answer, Chunk, Row, answers
-from fastmtp.vocab.lang import detect
+from fastmtp.vocab.lang import LOOK_AT, detect
 
 SAVE_EVERY = 15.0  # seconds of work that a killed count may lose
 COUNTED, HELD_OUT = 0, 1  # rows of a table
+PIECE = 200_000  # characters that are tokenised at once: some 170 bytes of memory per token
+Key = tuple[str, int]  # language, COUNTED or HELD_OUT
 
 
 class Found(NamedTuple):
@@ -142,7 +145,7 @@ class Counter:
             yield chunk, self.tally(chunk)
 
     def _parallel(self, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, Found]]:
-        """In order, with at most two chunks a worker under way: an executor's own `map` would read the whole
+        """In order, with at most two chunks per worker under way: an executor's own `map` would read the whole
         corpus.
         """
         # Forked workers share the tokenizer's memory instead of loading their own.
@@ -168,32 +171,50 @@ class Counter:
     def tally(self, chunk: Chunk) -> Found:
         """Count one chunk. Raises InputError as `count` does."""
         rows, bad = self._read(chunk)
-        texts = [answer.text for _, turns in rows for answer in turns if answer.ids is None]
-        encoded = (
-            encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        )
-        groups: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
+        tables: dict[Key, np.ndarray] = {}
+        batch: list[tuple[Key, str | list[int]]] = []  # texts and token ids that wait to be counted together
+        text_bytes = waiting = 0
         for _, turns in rows:
             key = self._key(turns)
             for answer in turns:
-                groups[key].append(answer.ids if answer.ids is not None else next(encoded))
+                if answer.ids is None:
+                    text_bytes += len(answer.text.encode())
+                for part in pieces(answer.text) if answer.ids is None else (answer.ids,):
+                    batch.append((key, part))
+                    waiting += len(part)
+                    if waiting >= PIECE:
+                        self._count(batch, tables)
+                        batch, waiting = [], 0
                 if answer.closed:
-                    groups[key].append(self.end)
+                    batch.append((key, self.end))
+        self._count(batch, tables)
         tallies = []
-        for (lang, side), lists in groups.items():
-            occurrences = np.bincount(np.fromiter(chain.from_iterable(lists), dtype=np.int64))
-            ids = np.flatnonzero(occurrences)
-            tallies.append((lang, side, ids, occurrences[ids]))
-        return Found(tallies, len(rows), sum(len(text.encode()) for text in texts), bad)
+        for (lang, side), table in tables.items():
+            ids = np.flatnonzero(table)
+            tallies.append((lang, side, ids, table[ids]))
+        return Found(tallies, len(rows), text_bytes, bad)
 
-    def _key(self, turns: list[Answer]) -> tuple[str, int]:
+    def _count(self, batch: list[tuple[Key, str | list[int]]], tables: dict[Key, np.ndarray]) -> None:
+        """Add the tokens of a batch to its keys' tables."""
+        texts = [part for _, part in batch if isinstance(part, str)]
+        encoded = (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        lists: dict[Key, list[list[int]]] = defaultdict(list)
+        for key, part in batch:
+            lists[key].append(next(encoded) if isinstance(part, str) else part)
+        for key, parts in lists.items():
+            ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64)
+            table = tables.setdefault(key, np.zeros(self.size, dtype=np.int64))
+            table += np.bincount(ids, minlength=self.size)
+
+    def _key(self, turns: list[Answer]) -> Key:
         """The language of a row and the side it falls on."""
         digest = hashlib.blake2b(key=self.key, digest_size=8)
         words = []
         for answer in turns:
             digest.update((json.dumps(answer.ids) if answer.ids is not None else answer.text).encode())
             if not self.lang:
-                words.append(answer.text if answer.text is not None else self.tokenizer.decode(answer.ids))
+                text = answer.text
+                words.append(self.tokenizer.decode(answer.ids[:LOOK_AT]) if text is None else text[:LOOK_AT])
         side = HELD_OUT if int.from_bytes(digest.digest(), "little") < self.held_out * 2**64 else COUNTED
         return self.lang or detect("\n".join(words)), side
 
@@ -224,6 +245,17 @@ class Counter:
                     f"{row.where}: with this tokenizer the token ids do not spell the text beside them; "
                     "pass the --tokenizer of the model that answered"
                 )
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text as it is, or a very long one in pieces that are cut before a space, if there is one."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        cut = text.rfind(" ", begin + PIECE // 2, begin + PIECE)
+        cut = begin + PIECE if cut < 0 else cut
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]
 
 
 _counter: Counter  # a worker's own, from its parent's memory

@@ -6,6 +6,7 @@ import pytest
 from helpers.small_vocab import ENGLISH, command, leftovers, run, small_tokenizer, write
 
 from fastmtp.cli import InputError
+from fastmtp.vocab import corpus
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,14 @@ def folder(tmp_path_factory) -> str:
             ("--column", "output_ids"),
             "do not spell the text",
         ),
+        ([{"messages": None}], (), r"x\.jsonl:1: no messages, output_ids or text"),
+        ([{"messages": "a"}, {"messages": 5}], (), r"x\.jsonl:2: 'messages' is neither"),
+        ([{"messages": [None]}], (), r"x\.jsonl:1: 'messages' is neither"),
+        ([{"messages": [{"role": "assistant", "content": "a"}, 5]}], (), r"x\.jsonl:1: a message without"),
+        ([{"messages": [{"role": "assistant", "content": 5}]}], (), r"x\.jsonl:1: an assistant turn has"),
+        ([r'{"\ud83d": 1}'], (), r"x\.jsonl:1: no messages"),
+        ([r'{"messages": [{"role": "assistant", "content": "\ud83d"}]}'], (), r":1: text that is not valid"),
+        ([{"text": "a"}], ("--lang", "other"), "lang 'other'"),
         ([{"text": "a"}], ("--lang", "zh,en"), "no text in 'zh'"),
         ([{"text": "a"}], ("--lang", "en,fr"), "'fr' cannot be told"),
         ([{"text": "a"}], ("--lang", "e n"), "lang 'e n'"),
@@ -132,3 +141,44 @@ def test_exit_code_and_one_line_on_stderr(folder, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "x.jsonl:1: not JSON" in err
     assert not leftovers(tmp_path / "o")
+
+
+def test_rows_that_other_columns_do_not_spoil(folder, tmp_path):
+    rows = [{"text": "a", "lang": None}, {"output_ids": [5], "messages": 7}, {"output_ids": [5], "lang": 3}]
+    path = write(tmp_path / "x.jsonl", rows)
+    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())  # as Windows writes it
+    run(folder, "--input", path, "--held-out", "0", out=tmp_path / "o")
+    assert (tmp_path / "o" / "en_300.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_a_line_that_is_too_long_is_refused_or_skipped_and_the_next_ones_are_read(
+    folder, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(corpus, "LONGEST", 100)
+    path = write(
+        tmp_path / name, [{"text": "a"}, {"text": "b" * 350}, "", {"text": "c"}, {"text": "d" * 500}]
+    )
+    with pytest.raises(InputError, match=rf"{name}:2: longer than 0 MB; split or remove"):
+        run(folder, "--input", path, "--held-out", "0", out=tmp_path / "o")
+    run(folder, "--input", path, "--held-out", "0", "--on-error", "skip", out=tmp_path / "o")
+    said = capsys.readouterr().out
+    assert "2 rows, 2 tokens" in said and "2 broken rows skipped, the first" in said
+
+
+def test_long_lines_of_plain_text_come_in_pieces(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "LONGEST", 200)
+    monkeypatch.setattr(corpus, "PARAGRAPH", 99)
+    (tmp_path / "x.txt").write_text("ä b " * 300, encoding="utf-8")
+    run(folder, "--input", tmp_path / "x.txt", "--held-out", "0", out=tmp_path / "o")
+    assert "0 rows" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mine", ["en_300.pt", "en_350.json", "coverage.png"])
+def test_a_file_of_the_user_s_stays(folder, tmp_path, mine):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / mine).write_bytes(b"mine")
+    path = write(tmp_path / "x.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match=f"{mine}: the file was not written by this project"):
+        run(folder, "--input", path, "--lang", "en", out=tmp_path / "o")
+    assert (tmp_path / "o" / mine).read_bytes() == b"mine"
