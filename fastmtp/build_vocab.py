@@ -114,8 +114,8 @@ def languages(counts: Counts, names: list[str]) -> list[str]:
         chosen += [n for n, tokens in seen.items() if n not in (*chosen, OTHER) and tokens >= enough]
     if not chosen:
         raise InputError(
-            f"all text to count ({seen[OTHER]} tokens) is in scripts that are not told apart; if it is in one "
-            "language, name that: --lang NAME"
+            f"all text to count ({seen[OTHER]} tokens) is in scripts that are not told apart; if it is in "
+            "one language, name that: --lang NAME"
         )
     return chosen
 
@@ -158,8 +158,8 @@ def parser() -> Parser:
         "Token maps for a cheaper draft: each language's most frequent tokens, in the sizes you ask for.",
         "python -m fastmtp.build_vocab --tokenizer models/smollm2 --input data/distilled.jsonl --lang en \\\n"
         "    --sizes 8k,16k,32k --out vocab/smollm2\n"
-        "python -m fastmtp.build_vocab --tokenizer Qwen/Qwen2-7B-Instruct --input 'pairs/*.jsonl.gz' --column response \\\n"
-        "    --lang en,zh --sizes 8k,16k,32k,64k --out vocab/qwen2 --compare freq_32768.pt",
+        "python -m fastmtp.build_vocab --tokenizer Qwen/Qwen2-7B-Instruct --input 'pairs/*.jsonl.gz' \\\n"
+        "    --column response --lang en,zh --sizes 8k,16k,32k,64k --out vocab/qwen2 --compare freq_32768.pt",
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -176,8 +176,8 @@ def parser() -> Parser:
     p.add_argument(
         "--lang",
         default="auto",
-        help="one name: all text is in it. Several (en,zh): each row's is found, others are left out. auto (default): "
-        f"every language with 1%% of the text. Told apart: {', '.join(LANGUAGES)}",
+        help="one name: all text is in it. Several (en,zh): each row's is found, others are left out. "
+        f"auto (default): every language with 1%% of the text. Told apart: {', '.join(LANGUAGES)}",
     )
     p.add_argument("--sizes", default="8k,16k,32k", help="ids in a map, k is 1024 (default 8k,16k,32k)")
     p.add_argument("--out", required=True, help="folder for LANG_SIZE.pt, .json and coverage.png")

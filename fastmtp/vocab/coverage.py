@@ -31,7 +31,7 @@ def left_out(counts: Counts, langs: list[str]) -> str | None:
 def table(
     maps: dict[str, np.ndarray], held_out: dict[str, np.ndarray], compared: dict[str, np.ndarray]
 ) -> str:
-    """Coverage of each map (rows) on each language's held-out text (columns), and what languages' maps share."""
+    """Coverage of each map (rows) on each language's held-out text (columns); what languages' maps share."""
     width = max(map(len, ["held-out tokens", *maps, *compared]))
     lines = [f"{'map':<{width}} {'ids':>7}" + "".join(f"{lang:>9}" for lang in held_out)]
     lines.append(

@@ -175,7 +175,8 @@ def read(text: str, policy: str, tokenizer, vocab_size: int) -> DraftVocab:
         maps.setdefault(MIXED, mix(list(langs.values()), len(next(iter(langs.values())))))
         if policy != AUTO and not (policy.startswith(FIXED) and policy.removeprefix(FIXED) in maps):
             raise InputError(
-                f"--vocab-policy {policy}: expected auto, union or fixed:NAME with NAME one of {', '.join(maps)}"
+                f"--vocab-policy {policy}: expected auto, union or fixed:NAME with NAME one of "
+                f"{', '.join(maps)}"
             )
     return DraftVocab(maps, policy, build(tokenizer))
 

@@ -42,7 +42,7 @@ OTHER = "other"
 
 
 def letters(text: str) -> dict[str, float]:
-    """How much of `text` is said in each of LANGUAGES and OTHER, in tokens: letters over letters per token."""
+    """How much of `text` is in each of LANGUAGES and OTHER, in tokens: letters over letters per token."""
     said = {lang: sum(map(len, runs.findall(text))) / weight for lang, (runs, weight) in _RUNS.items()}
     said[OTHER] = 0.0
     for character, count in Counter(_KNOWN.sub("", text)).items():
@@ -74,8 +74,6 @@ def most(said: dict[str, float]) -> str:
 
 
 def detect(text: str) -> str:
-    """The language that most of the first 4,000 characters are in, one of LANGUAGES or OTHER; `en` if there is
-    no letter.
-    """
+    """The language of most of the first 4,000 characters: one of LANGUAGES or OTHER; `en` without letters."""
     text = text[:LOOK_AT]
     return "en" if text.isascii() else most(letters(text))

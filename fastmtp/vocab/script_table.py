@@ -24,8 +24,8 @@ ENOUGH = (
 KINDS = (*LANGUAGES, OTHER)
 SPECIAL = 255
 
-# First bytes of UTF-8 characters, if a token ends in the middle of one. Bytes that two scripts share, of which
-# none has most of the letters, say nothing (C8 to CF without Greek, D4, DD, E1, E2).
+# First bytes of UTF-8 characters, if a token ends in the middle of one. Bytes that two scripts share, of
+# which none has most of the letters, say nothing (CA to CD, D4, DD, E1, E2).
 _FIRST_BYTES = {
     **dict.fromkeys(map(bytes, zip(range(0xC3, 0xCA))), "en"),
     **dict.fromkeys((b"\xce", b"\xcf"), "el"),

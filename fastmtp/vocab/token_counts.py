@@ -145,8 +145,8 @@ class Counter:
             yield chunk, self.tally(chunk)
 
     def _parallel(self, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, Found]]:
-        """In order, with at most two chunks per worker under way: an executor's own `map` would read the whole
-        corpus.
+        """In order, with at most two chunks per worker under way: an executor's own `map` would read the
+        whole corpus.
         """
         # Forked workers share the tokenizer's memory instead of loading their own.
         gc.collect()
@@ -236,8 +236,8 @@ class Counter:
         for row, answer in exact:
             if not 0 <= min(answer.ids) <= max(answer.ids) < self.size:
                 raise InputError(
-                    f"{row.where}: token id {max(answer.ids)} is not the tokenizer's (its ids end at {self.size - 1}); "
-                    "pass the --tokenizer of the model that answered"
+                    f"{row.where}: token id {max(answer.ids)} is not the tokenizer's (its ids end at "
+                    f"{self.size - 1}); pass the --tokenizer of the model that answered"
                 )
         for row, answer in [pair for pair in exact if pair[1].text is not None][:1]:
             if self.tokenizer.decode(answer.ids, skip_special_tokens=True).strip() != answer.text.strip():
