@@ -1,28 +1,34 @@
-"""Starts SGLang with the head as its draft model, waits until it answers, and stops it on Ctrl-C.
+"""Starts SGLang or vLLM with the head as its draft model, waits until it answers, and stops it on Ctrl-C.
 
     python -m fastmtp.serve --model models/smollm2-fastmtp --num-steps 3 --token-map vocab/smollm2/en_32k.pt
-    python -m fastmtp.serve --model models/mimo-7b-fastmtp --token-maps en=vocab/qwen2/en_32k.pt,zh=vocab/qwen2/zh_32k.pt
+    python -m fastmtp.serve --model models/mimo-7b-fastmtp --token-maps en=EN_32K.pt,zh=ZH_32K.pt
+    python -m fastmtp.serve --model models/smollm2-fastmtp --engine vllm
 
-The command line is built for the SGLang that is installed (0.5.17 or later), printed, and run as a process of
-its own. Flags after `--` go to SGLang and override what is chosen here, except where they contradict the
-options or cannot work. The log lies in a folder of its own that only this user can read.
+The command line is built for the engine that is installed (SGLang 0.5.17 or later; vLLM 0.25.1 or later, its
+CPU build too), printed, and run as a process of its own. Flags after `--` go to the engine and override what
+is chosen here, except where they contradict the options or cannot work. The log lies in a
+folder of its own that only this user can read.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.checkpoint import CONTRACT_KEY
+from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
+from fastmtp.engines import vllm
 from fastmtp.engines.address import HOST
 from fastmtp.engines.process import Server, ServerError
 from fastmtp.engines.sglang import VOCAB_READY, command, sglang_version, vocab_environment
-from fastmtp.engines.sglang_flags import split_flags
-from fastmtp.files import shipped
+from fastmtp.engines.sglang_flags import canonical
+from fastmtp.files import read_json, shipped
 
 KEY = "FASTMTP_API_KEY"
 
@@ -30,10 +36,15 @@ KEY = "FASTMTP_API_KEY"
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.serve",
-        "Serve an exported model with SGLang and its MTP head as the draft. Flags after -- go to SGLang.",
-        "python -m fastmtp.serve --model models/smollm2-fastmtp --num-steps 3 --port 30000 -- --mem-fraction-static 0.7",
+        "Serve an exported model with its MTP head as the draft. Flags after -- go to the engine.",
+        "python -m fastmtp.serve --model models/smollm2-fastmtp --port 30000 -- --mem-fraction-static 0.7",
     )
     p.add_argument("--model", required=True, metavar="FOLDER", help="folder written by fastmtp.export")
+    p.add_argument(
+        "--engine",
+        choices=("sglang", "vllm"),
+        help="default: the one that is installed; SGLang if both are",
+    )
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
     p.add_argument(
         "--token-map", type=shipped, metavar="PATH", help="draft vocabulary, from fastmtp.build_vocab"
@@ -41,7 +52,7 @@ def parser() -> Parser:
     p.add_argument(
         "--token-maps",
         metavar="EN=PATH,ZH=PATH",
-        help="a map for each language; the draft follows the requests' languages",
+        help="a map for each language; the draft follows the requests' languages (SGLang only)",
     )
     p.add_argument(
         "--vocab-policy",
@@ -55,35 +66,86 @@ def parser() -> Parser:
     p.add_argument(
         "--api-key", help=f"what clients must send; never printed (default: the environment's {KEY}, if set)"
     )
-    p.add_argument("--dry-run", action="store_true", help="print SGLang's command line and stop")
+    p.add_argument("--dry-run", action="store_true", help="print the engine's command line and stop")
     return p
 
 
+@dataclass
+class Start:
+    """How a server is started. ready: lines in its log without which our extension is not in use."""
+
+    name: str
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    ready: list[str] = field(default_factory=list)
+
+    def shown(self, key: str | None) -> str:
+        """The command line as a shell takes it, without the key."""
+        variables = [f"{name}={value}" for name, value in self.env.items()]
+        return shlex.join([*variables, *self.argv, *(["--api-key=***"] if key else [])])
+
+
 def main(argv: list[str] | None = None) -> None:
-    ours, flags = split_flags(argv)
+    ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
     check_arguments(args)
+    # Of this user and this run alone: two servers, or another user's link, never meet here.
+    folder = None if args.dry_run and not args.token_maps else Path(tempfile.mkdtemp(prefix="fastmtp-serve-"))
+    if (args.engine or default_engine()) == "vllm":
+        start = start_vllm(args, flags)
+    else:
+        start = start_sglang(args, canonical(flags), folder)
+    key = args.api_key or os.environ.get(KEY) or None
+    if args.dry_run:
+        print(start.shown(key))
+        return
+    print(f"{start.name}: {start.shown(key)}", flush=True)
+    line = start.argv + ([f"--api-key={key}"] if key else [])
+    serve(line, args.port, folder / "server.log", start.env, args.host, key, start.ready)
+
+
+def default_engine() -> str:
+    """The engine that is installed; SGLang if both are, or none."""
+    if importlib.util.find_spec("sglang") is None and vllm.find_python():
+        return "vllm"
+    return "sglang"
+
+
+def start_sglang(args, flags: list[str], folder: Path | None) -> Start:
+    """SGLang's start. `folder` takes the file of --token-maps. Raises InputError for what cannot work."""
     steps = 0 if args.no_spec else args.num_steps
     line = command(
         args.model, steps, args.token_map, args.tp, args.port, flags, None, args.host, args.token_maps
     )
-    # Of this user and this run alone: two servers, or another user's link, never meet here.
-    folder = None if args.dry_run and not args.token_maps else Path(tempfile.mkdtemp(prefix="fastmtp-serve-"))
-    env = {}
+    name = "SGLang" if args.dry_run else f"SGLang {sglang_version()}"
+    if not args.token_maps:
+        return Start(name, line)
+    env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, folder / "vocab.pt")
+    # SGLang passes over a model package that it cannot import, and drafts from the whole vocabulary.
+    return Start(name, line, env, [VOCAB_READY])
+
+
+def start_vllm(args, flags: list[str]) -> Start:
+    """vLLM's start. Raises InputError for what cannot work."""
     if args.token_maps:
-        env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, folder / "vocab.pt")
-    key = args.api_key or os.environ.get(KEY) or None
-    shown = [*(f"{name}={value}" for name, value in env.items()), *line, *(["--api-key=***"] if key else [])]
-    if args.dry_run:
-        print(shlex.join(shown))
-        return
-    print(f"SGLang {sglang_version()}: {shlex.join(shown)}", flush=True)
-    line += [f"--api-key={key}"] if key else []
-    serve(line, args.port, folder / "server.log", env, args.host, key)
+        raise InputError("--token-maps: vLLM cannot change maps while it runs; give one with --token-map")
+    steps = 0 if args.no_spec else args.num_steps
+    engine = vllm.installed() if vllm.find_python() or not args.dry_run else None
+    line = vllm.command(args.model, steps, args.token_map, args.tp, args.port, flags, args.host, engine)
+    config = read_json(Path(args.model) / "config.json")
+    if steps and CONTRACT_KEY not in config:
+        print(
+            f"fastmtp.serve: warning: {args.model}/config.json does not say what its head was trained on; "
+            "vLLM gives it the state before the final norm; if the head is ours, export the folder again",
+            file=sys.stderr,
+        )
+    name = f"vLLM {engine.version}{' (CPU)' if engine.cpu else ''}" if engine else "vLLM"
+    ready = vllm.ready_lines(config, steps, args.token_map)
+    return Start(name, line, vllm.environment(engine, args.model, args.tp), ready)
 
 
 def check_arguments(args) -> None:
-    """InputError for options that contradict each other. What SGLang makes of them is checked by `command`."""
+    """InputError for options that contradict each other; `command` checks them against the engine."""
     if args.num_steps < 1:
         raise InputError(
             f"--num-steps {args.num_steps}: must be at least 1; for plain decoding give --no-spec"
@@ -104,16 +166,19 @@ def serve(
     env: dict[str, str] | None = None,
     host: str = HOST,
     secret: str | None = None,
+    ready: list[str] = (),
 ) -> None:
-    """Run until Ctrl-C or the server's end. A server that dies ends us with exit code 1 and its last lines."""
+    """Run until Ctrl-C or the server's end. A server that dies ends us with exit code 1 and its last lines.
+
+    ready: lines that the log must hold once the server answers.
+    """
     started = time.monotonic()
     print(f"starting; the log is {log}", flush=True)
     try:
         with Server(argv, port, log, env=env, host=host, secret=secret) as server:
-            if env and VOCAB_READY not in log.read_text(encoding="utf-8", errors="replace"):
-                # SGLang passes over a model package that it cannot import, and drafts from the whole
-                # vocabulary.
-                raise ServerError(f"SGLang does not use fastmtp.sglang_ext; {log} says why")
+            text = log.read_text(encoding="utf-8", errors="replace")
+            if missing := next((line for line in ready if line not in text), None):
+                raise ServerError(f"the engine passes over our extension: no '{missing}' in {log}")
             print(
                 f"{server.url} answers after {time.monotonic() - started:.0f} s; Ctrl-C stops it", flush=True
             )

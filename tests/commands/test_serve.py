@@ -18,10 +18,16 @@ from helpers.stand_in import free_port
 
 from fastmtp import serve
 from fastmtp.cli import InputError
-from fastmtp.engines import process, sglang
+from fastmtp.engines import process, sglang, vllm
 from fastmtp.engines.sglang_flags import canonical
 
 HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(monkeypatch):
+    """The engine tests of this machine may have installed one."""
+    monkeypatch.setattr(vllm, "find_python", lambda: None)
 
 
 @pytest.fixture
@@ -301,7 +307,7 @@ def test_the_api_key_reaches_the_server_and_nothing_else(model, tmp_path, monkey
     monkeypatch.setenv("FASTMTP_API_KEY", "fr0m-outside")
     serve.main(["--model", model])
     shown = capsys.readouterr()
-    for (line, _, log, _, host, secret), key in zip(calls, ("s3cret", "fr0m-outside"), strict=True):
+    for (line, _, log, _, host, secret, _), key in zip(calls, ("s3cret", "fr0m-outside"), strict=True):
         assert line[-1] == f"--api-key={key}" and secret == key
         assert key not in shown.out + shown.err and shown.out.count("--api-key=***") == 2
         assert log.parent.stat().st_mode & 0o777 == 0o700
@@ -347,7 +353,16 @@ def test_main_prints_the_command_and_names_what_is_wrong(model, capsys, monkeypa
 def test_the_script_adds_the_single_stream_flags_unless_given_others(own, model):
     env = {**os.environ, "PYTHON": sys.executable}
     found = subprocess.run(
-        ["sh", str(HERE.parent / "scripts" / "serve.sh"), "--model", model, "--dry-run", *own],
+        [
+            "sh",
+            str(HERE.parent / "scripts" / "serve.sh"),
+            "--model",
+            model,
+            "--engine",
+            "sglang",
+            "--dry-run",
+            *own,
+        ],
         capture_output=True,
         text=True,
         env=env,
