@@ -2,8 +2,7 @@
 
     python -m evaluation.charts results/NAME
 
-draws them again, or for the first time where the measuring machine had no matplotlib; also a speed.json's
-picture.
+draws them again, or for the first time where the measuring machine had no matplotlib.
 """
 
 from __future__ import annotations
@@ -118,35 +117,6 @@ def acceptance(report: dict, arms: list[str]):
     return figure
 
 
-def draw_speed_model(points: list[dict], out: Path) -> None:
-    """speed.png: speed-up against K, one line a draft vocabulary, measured and (thin) as memory bandwidth
-    bounds it.
-
-    No picture where nothing can be compared with plain decoding.
-    """
-    drafting = [p for p in points if p["num_steps"] and p["speedup"]]
-    if not drafting:
-        return
-    plain = next(point for point in points if point["num_steps"] == 0)
-    figure, axes = plt.subplots(figsize=(6.8, 4.4))
-    for number, (variant, name) in enumerate(dict.fromkeys((p["variant"], p["map"]) for p in drafting)):
-        rows = [p for p in drafting if (p["variant"], p["map"]) == (variant, name)]
-        rows.sort(key=lambda p: p["num_steps"])
-        ks, look = [p["num_steps"] for p in rows], style(number)
-        axes.plot(ks, [p["speedup"] for p in rows], **look, label=f"{variant} {name or 'full'} head".strip())
-        bound = [p["tau"] / p["bound_ms"] * plain["bound_ms"] for p in rows]
-        axes.plot(ks, bound, color=look["color"], linewidth=1, linestyle=":")
-    axes.plot([], [], color="grey", linewidth=1, linestyle=":", label="bandwidth bound")
-    axes.axhline(1.0, color="grey", linewidth=1)
-    plots.whole_numbers(axes.xaxis)
-    axes.set_xlabel("draft steps K")
-    axes.set_ylabel("speed-up over plain decoding")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    plots.save(figure, out / "speed.png")
-
-
 def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]:
     """`fastmtp+en32k` -> [(1, "fastmtp:1+en32k"), ...], by K."""
     families: dict[str, list[tuple[int, str]]] = {}
@@ -168,21 +138,12 @@ def _looks(report: dict, arms: list[str]) -> dict[str, dict]:
 
 
 def draw_folder(folder: str | Path) -> list[Path]:
-    """Draw what the folder's table.json and speed.json hold; the pictures made. Raises InputError for
-    neither.
-    """
+    """Draw what the folder's table.json holds; the pictures made. Raises InputError without one."""
     folder = existing(folder, "results folder")
-    found = [folder / name for name in ("table.json", "speed.json") if (folder / name).exists()]
-    if not found:
-        raise InputError(
-            f"{folder}: neither table.json nor speed.json; give the --out of evaluation.run or speed_model"
-        )
-    for path in found:
-        report = read_json(path)
-        if path.name == "table.json":
-            draw(report, folder)
-        else:
-            draw_speed_model(report["points"], folder)
+    path = folder / "table.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no table.json; give the --out of evaluation.run")
+    draw(read_json(path), folder)
     return sorted(folder.glob("*.png"))
 
 

@@ -14,6 +14,8 @@ counts: tokens per second of each choice for each language.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
 import statistics
 import sys
@@ -25,12 +27,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import shapes
-from evaluation import harness
 from evaluation.backends import BackendError, Server, Turn
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
+from fastmtp.engines.address import check_port
 from fastmtp.engines.sglang_flags import DUMMY, MEASURED, merged, split_flags, streams
 from fastmtp.files import atomic, claim, read_json, write_json, write_provenance
+from fastmtp.fingerprint import differences, fingerprint, gpu_name
 from fastmtp.sglang_ext.active_head import ActiveHead
 from fastmtp.vocab.draft_vocab import AUTO, MIXED, UNION, DraftVocab
 from fastmtp.vocab.lang import LANGUAGES
@@ -336,69 +339,99 @@ def main(argv: list[str] | None = None) -> None:
     ours, flags = split_flags(argv)
     args = parser().parse_args(ours)
     at_least(args, 1, "num_steps", "requests", "tokens", "at_once")
+    check_port(args.port, args.at_once)
     shape = shapes.SHAPES[args.shape]
     sizes, unions = ([parse_size(text) for text in texts.split(",")] for texts in (args.sizes, args.unions))
     if len(sizes) != len(unions) or 2 * max(sizes + unions) > shape["vocab_size"]:
         raise InputError(
-            f"--sizes {args.sizes} --unions {args.unions}: one union for each size, two maps within {shape['vocab_size']} ids"
+            f"--sizes {args.sizes} --unions {args.unions}: one union for each size, two maps within "
+            f"{shape['vocab_size']} ids"
         )
-    files = dict(part.partition("=")[::2] for part in args.taus.split(",")) if args.taus else {}
-    taus = {parse_size(text): read_taus(path) for text, path in files.items()}
+    tau_files = dict(part.partition("=")[::2] for part in args.taus.split(",")) if args.taus else {}
+    taus = {parse_size(text): read_taus(path) for text, path in tau_files.items()}
     out = Path(args.out)
     claim(out, folder=True)
     shapes.write_folder(shape, out / "model")
-    arms = [Arm("full", shape["vocab_size"])]
-    arms += [Arm(kind, rows) for rows in sizes for kind in ("stock", "auto")] + [
-        Arm("stock", rows) for rows in unions
-    ]
-    arms = [] if args.kernels else list(dict.fromkeys(arms))
-    done = read_json(out / "measured.json") if (out / "measured.json").exists() else {"arms": {}}
+    arms = [] if args.kernels else arms_of(shape, sizes, unions)
+    done = kept(out / "measured.json", depends(args, shape, flags))
+    missing = [arm for arm in arms if arm.name not in done["arms"]]
+    rows = [shape["vocab_size"], *sizes, *unions]
+    timed_rows = [row["rows"] for row in done.get("kernels", [])]
+    print(f"{out}: {len(missing)} servers to measure, {len(arms) - len(missing)} kept", file=sys.stderr)
     failed: dict[str, str] = {}
-    if not done.get("kernels") or any(arm.name not in done["arms"] for arm in arms):
+    if missing or not {*rows} <= {*timed_rows}:
         if not torch.cuda.is_available():
             raise InputError("no GPU here; costs are measured on one")
-        done |= {"gpu": harness.gpu_name(), "kernels": kernels(shape, [*sizes, *unions])}
+        done["kernels"] = kernels(shape, [*sizes, *unions])
         torch.cuda.empty_cache()
-        failed = measure_all(arms, args, flags, shape, out, done)
-    rows = [row for arm in arms for row in done["arms"].get(arm.name, [])]
-    named = {row["name"]: row for row in rows}
-    found = (
-        []
-        if failed
-        else [
-            r
-            for size, union in zip(sizes, unions, strict=True)
-            if size in taus
-            for r in speeds(named, taus[size], size, union)
-        ]
-    )
-    report = {"gpu": done["gpu"], "kernels": done["kernels"], "arms": rows, "speeds": found}
+        failed = measure_all(missing, args, flags, shape, out, done)
+    measured = [row for arm in arms for row in done["arms"].get(arm.name, [])]
+    by_name = {row["name"]: row for row in measured}
+    pairs = [] if failed else [(size, u) for size, u in zip(sizes, unions, strict=True) if size in taus]
+    report = {
+        "gpu": done["fingerprint"]["gpu"],
+        "kernels": [row for row in done["kernels"] if row["rows"] in rows],
+        "arms": measured,
+        "speeds": [row for size, union in pairs for row in speeds(by_name, taus[size], size, union)],
+    }
     write_json(out / "cost.json", report)
     with atomic(out / "cost.md") as temporary:
         temporary.write_text(markdown(report), encoding="utf-8")
-    write_provenance(out, vars(args) | {"sglang_flags": flags}, list(files.values()))
+    write_provenance(out, vars(args) | {"sglang_flags": flags}, list(tau_files.values()))
     print(markdown(report))
     if failed:
         sys.exit(
-            f"benchmarks.dynamic_vocabulary.cost: error: not measured: {failed}\nthe same command tries these again"
+            f"benchmarks.dynamic_vocabulary.cost: error: not measured: {failed}\n"
+            "the same command tries these again"
         )
+
+
+def arms_of(shape: dict, sizes: list[int], unions: list[int]) -> list[Arm]:
+    """The whole head; each size as SGLang's static map and as ours; the unions as static maps."""
+    arms = [Arm("full", shape["vocab_size"])]
+    arms += [Arm(kind, rows) for rows in sizes for kind in ("stock", "auto")]
+    return list(dict.fromkeys([*arms, *(Arm("stock", rows) for rows in unions)]))
+
+
+def depends(args, shape: dict, flags: list[str]) -> dict:
+    """What every figure of a run depends on; maps' sizes are in the arms' names."""
+    settings = {name: getattr(args, name) for name in ("num_steps", "tau", "requests", "tokens")}
+    settings |= {"shape": shape, "flags": flags, "gpu": gpu_name()}
+    settings["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith("SGLANG_")}
+    with contextlib.suppress(InputError):  # not needed to time the head alone
+        settings["sglang"] = sglang.sglang_version()
+    return fingerprint({}, settings)
+
+
+def kept(path: Path, now: dict) -> dict:
+    """What was measured before. InputError if it was under anything else.
+
+    Without a GPU nothing can be added, and the figures may be reported again under the GPU they came from.
+    """
+    if not path.exists():
+        return {"fingerprint": now, "arms": {}}
+    done = read_json(path)
+    before = done.get("fingerprint") or {}
+    here = {} if now["gpu"] else {name: before.get(name) for name in ("gpu", "sglang")}
+    if changed := differences(before, now | here):
+        raise InputError(f"{path}: measured with other settings ({'; '.join(changed)}); name another --out")
+    return done
 
 
 def measure_all(
     arms: list[Arm], args, flags: list[str], shape: dict, out: Path, done: dict
 ) -> dict[str, str]:
-    """Add missing arms' rows to `done`, kept in OUT/measured.json; errors of those that failed, by name.
+    """Add the arms' rows to `done`, kept in OUT/measured.json; errors of those that failed, by name.
 
     `--at-once` servers start together, each is asked alone.
     """
     failures = {}
     write_json(out / "measured.json", done)
-    todo = [arm for arm in arms if arm.name not in done["arms"]]
-    if todo:
+    if arms:
         sglang.sglang_version()
-    with tqdm(total=len(todo), desc="servers", disable=None) as bar:
-        for first in range(0, len(todo), args.at_once):
-            group = todo[first : first + args.at_once]
+    with tqdm(total=len(arms), desc="servers", disable=None) as bar:
+        for first in range(0, len(arms), args.at_once):
+            group = arms[first : first + args.at_once]
             servers = [
                 start(a, out / "model", args.port + i, args.tau, args.num_steps, flags, shape)
                 for i, a in enumerate(group)

@@ -99,6 +99,11 @@ class Point:
         """
         return bool(self.map_name) and sglang.EXTERNAL_PACKAGE in self.variant.environment
 
+    def settings(self) -> dict:
+        """What this point's measurement depends on, besides what is the same for a whole run."""
+        own = {"num_steps": self.num_steps, "head_rows": self.head_rows, "accept length": f"{self.tau:.9f}"}
+        return own | {"variant flags": list(self.variant.flags), "variant environment": self.environment()}
+
     def environment(self) -> dict[str, str]:
         """What makes SGLang accept `tau` tokens a pass on average, with real draft tokens in the output."""
         kept = {

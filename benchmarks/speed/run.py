@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import importlib.util
 import json
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,13 +30,13 @@ from tqdm import tqdm
 from benchmarks import shapes
 from benchmarks.speed import trace
 from benchmarks.speed.points import Point, command, parse_variants, points, vocabulary
-from evaluation import harness
 from evaluation.backends import BackendError, Server, Turn
-from evaluation.run import draw_charts
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
+from fastmtp.engines.address import check_port
 from fastmtp.engines.sglang_flags import split_flags
 from fastmtp.files import atomic, claim, read_jsonl, write_json, write_provenance
+from fastmtp.fingerprint import differences, fingerprint, gpu_name
 
 PROFILED_CYCLES = 40
 PROFILED_TOKENS = 512  # of the traced answer: more than 0.3 s and the traced cycles take at any K
@@ -185,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(ours)
     at_least(args, 2, "requests", "tokens", "prompt_tokens")
     at_least(args, 1, "at_once")
+    check_port(args.port, args.at_once)
     shape = shapes.SHAPES[args.shape]
     rates = shapes.read_rates(args.rates)
     todo = points(shape, args.steps, args.maps, rates, parse_variants(args.variant), args.repeat_baseline)
@@ -194,22 +196,26 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     claim(out, folder=True)
     shapes.write_folder(shape, out / "model")
-    facts = {"gpu": harness.gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
+    for n, point in enumerate(todo):  # a flag that cannot be should not be found out after an hour
+        command(point, out / "model", args.port + n % args.at_once, flags)
+    facts = {"gpu": gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
     facts["assumed"] = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
-    failed, table = {}, ""
-    for rows, errors in measure_all(todo, shape, args, flags, out):
-        failed |= errors
-        if not rows:
-            continue
+    run_wide = depends(args, shape, flags, version)
+    done = kept(out / "points.jsonl", run_wide)
+    missing = [p for p in todo if not same_point(done.get(p.name), p)]
+    print(f"{out}: {len(missing)} points to measure, {len(todo) - len(missing)} kept", file=sys.stderr)
+    failed = measure_all(missing, done, run_wide, args, flags, out)
+    rows = [done[point.name] for point in todo if point.name in done and point.name not in failed]
+    if rows:
         report = facts | {"points": with_speedups(rows)}
         write_json(out / "speed.json", report)
         table = markdown(report)
         with atomic(out / "speed.md") as temporary:
             temporary.write_text(table, encoding="utf-8")
     write_provenance(out, vars(args) | {"sglang_flags": flags}, [] if args.rates == "paper" else [args.rates])
-    if table:
+    if rows:
         print(table)
-        draw_charts(out)
+        draw_chart(report, out)
     if failed:
         sys.exit(
             f"benchmarks.speed.run: error: not measured: {', '.join(failed)}\n{failed[next(iter(failed))]}\n"
@@ -217,81 +223,89 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def measure_all(
-    todo: list[Point], shape: dict, args, flags: list[str], out: Path
-) -> Iterator[tuple[list[dict], dict[str, str]]]:
-    """After each group of servers: the rows of all measured points, and the group's errors by name.
+def draw_chart(report: dict, out: Path) -> None:
+    """Last, and not at all on a machine without matplotlib: the figures are what cannot be had again."""
+    if importlib.util.find_spec("matplotlib") is None:
+        elsewhere = f"python -m benchmarks.speed.chart {out}"
+        print(f"no matplotlib here; draw the picture elsewhere: {elsewhere}", file=sys.stderr)
+        return
+    from benchmarks.speed.chart import draw
 
-    Points in OUT/points.jsonl, made with the same settings, are not measured again.
-    """
-    settings = {
-        "shape": args.shape,
-        "tokens": args.tokens,
-        "prompt_tokens": args.prompt_tokens,
-        "flags": flags,
-    }
-    store = out / "points.jsonl"
+    draw(report, out / "speed.png")
+
+
+def depends(args, shape: dict, flags: list[str], version: str) -> dict:
+    """What all points of a run depend on; each has settings of its own besides (`Point.settings`)."""
+    settings = {name: getattr(args, name) for name in ("requests", "tokens", "prompt_tokens")}
+    settings |= {"shape": shape, "flags": flags, "gpu": gpu_name(), "sglang": version}
+    settings["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith("SGLANG_")}
+    return fingerprint({}, settings)
+
+
+def kept(store: Path, run_wide: dict) -> dict[str, dict]:
+    """Rows measured before, by name. InputError if they were measured under anything else."""
     done = {row["name"]: row for _, row in read_jsonl(store)} if store.exists() else {}
-    foreign = [row["name"] for row in done.values() if row["settings"] != settings]
-    if foreign:
-        raise InputError(f"{store}: {foreign[0]} was measured with other settings; name another --out")
-    missing = [p for p in todo if not _same(done.get(p.name), p)]
-    bandwidth = copy_bandwidth() if missing else 0.0
-    if not missing:
-        yield [done[point.name] for point in todo], {}
-    bar = tqdm(total=len(missing), desc="points", disable=None)
-    for first in range(0, len(missing), args.at_once):
-        group, failed = missing[first : first + args.at_once], {}
-        lines = [command(point, out / "model", args.port + n, flags) for n, point in enumerate(group)]
-        servers = [
-            process.Server(
-                line,
-                args.port + n,
-                out / "logs" / f"{point.name}.log",
-                args.wait,
-                point.environment() | (vocabulary(point, out / "model") if point.extended else {}),
-                stop_patience=2.0,
+    for name, row in done.items():
+        if changed := differences(row.get("fingerprint") or {}, run_wide):
+            raise InputError(
+                f"{store}: {name} was measured with other settings ({'; '.join(changed)}); name another --out"
             )
-            for n, (line, point) in enumerate(zip(lines, group, strict=True))
-        ]
-        with process.together(servers) as outcomes:
-            for point, line, server, outcome in zip(group, lines, servers, outcomes, strict=True):
-                bar.update()
-                try:
-                    if outcome is not None:
-                        raise outcome
-                    row = measure_point(server.url, point, shape, args, bandwidth, out)
-                except (BackendError, process.ServerError) as error:
-                    failed[point.name] = str(error)
-                    tqdm.write(f"{point.name}: {error}", file=sys.stderr)
-                    continue
-                done[point.name] = row | {
-                    "settings": settings,
-                    "command": line,
-                    "environment": point.environment(),
-                }
-                with atomic(store) as temporary:
-                    temporary.write_text(
-                        "".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8"
-                    )
-                said = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms a cycle"
-                tqdm.write(f"{point.name}: {said}", file=sys.stderr)
-        yield [done[point.name] for point in todo if point.name in done], failed
-    bar.close()
+    return done
 
 
-def _same(row: dict | None, point: Point) -> bool:
+def same_point(row: dict | None, point: Point) -> bool:
     """Whether `row` is a measurement of just this point."""
-    known = row is not None and abs(row["tau_asked"] - point.tau) < 1e-9
-    return (
-        known
-        and row["environment"] == point.environment()
-        and row["variant_flags"] == list(point.variant.flags)
-    )
+    return row is not None and not differences(row["point"], fingerprint({}, point.settings()))
 
 
-def measure_point(url: str, point: Point, shape: dict, args, bandwidth: float, out: Path) -> dict:
-    """Ask one server, and trace it if wanted."""
+def measure_all(
+    missing: list[Point], done: dict[str, dict], run_wide: dict, args, flags: list[str], out: Path
+) -> dict[str, str]:
+    """Add the missing points to `done`, kept in OUT/points.jsonl; errors of those that failed, by name.
+
+    `--at-once` servers start together, each is asked alone.
+    """
+    failed = {}
+    bandwidth = copy_bandwidth() if missing else 0.0
+    with tqdm(total=len(missing), desc="points", disable=None) as bar:
+        for first in range(0, len(missing), args.at_once):
+            group = missing[first : first + args.at_once]
+            servers = [start(point, args, args.port + n, flags, out) for n, point in enumerate(group)]
+            with process.together(servers) as outcomes:
+                for point, server, outcome in zip(group, servers, outcomes, strict=True):
+                    bar.update()
+                    try:
+                        if outcome is not None:
+                            raise outcome
+                        row = measure_point(server.url, point, args, bandwidth, out)
+                    except (BackendError, process.ServerError) as error:
+                        failed[point.name] = str(error)
+                        tqdm.write(f"{point.name}: {error}", file=sys.stderr)
+                        continue
+                    done[point.name] = row | {
+                        "fingerprint": run_wide,
+                        "point": fingerprint({}, point.settings()),
+                        "command": server.argv,
+                    }
+                    with atomic(out / "points.jsonl") as temporary:
+                        lines = "".join(json.dumps(r) + "\n" for r in done.values())
+                        temporary.write_text(lines, encoding="utf-8")
+                    speed = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms per cycle"
+                    tqdm.write(f"{point.name}: {speed}", file=sys.stderr)
+    return failed
+
+
+def start(point: Point, args, port: int, flags: list[str], out: Path) -> process.Server:
+    """One point's server, not started."""
+    folder = out / "model"
+    environment = point.environment() | (vocabulary(point, folder) if point.extended else {})
+    line, log = command(point, folder, port, flags), out / "logs" / f"{point.name}.log"
+    return process.Server(line, port, log, args.wait, environment, stop_patience=2.0)
+
+
+def measure_point(url: str, point: Point, args, bandwidth: float, out: Path) -> dict:
+    """Ask one server, and trace it if asked to."""
+    shape = shapes.SHAPES[args.shape]
     turns = asyncio.run(measure(url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout))
     row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
     if args.profile:
@@ -307,13 +321,13 @@ def measure_point(url: str, point: Point, shape: dict, args, bandwidth: float, o
 
 
 def with_speedups(rows: list[dict]) -> list[dict]:
-    """Each row against the plain decoding of its variant, or of that one's base; None where that could not be
+    """Each row against the plain decoding of its variant, or of that one's base; None if that could not be
     measured.
     """
     plain = {
         row["variant"]: row["tokens_per_s"] for row in rows if row["num_steps"] == 0 and not row["repeat"]
     }
-    dropped = ("settings", "command", "environment", "profile")
+    dropped = ("fingerprint", "point", "command", "profile")
     found = []
     for row in rows:
         speedup = row["tokens_per_s"] / plain[row["base"]] if row["base"] in plain else None

@@ -133,9 +133,9 @@ def test_the_arithmetic_of_a_point():
         plain["ms_per_cycle"] == pytest.approx(3000 / 512) and plain["tau"] == 1.0 and plain["spread"] is None
     )
     both = speed_model.with_speedups(
-        [plain | {"settings": {}, "copy_bandwidth": 4e12}, row | {"copy_bandwidth": 4e12}]
+        [plain | {"fingerprint": {}, "copy_bandwidth": 4e12}, row | {"copy_bandwidth": 4e12}]
     )
-    assert both[1]["speedup"] == pytest.approx(2.0) and "settings" not in both[0]
+    assert both[1]["speedup"] == pytest.approx(2.0) and "fingerprint" not in both[0]
     other = row | {"variant": "fa3", "base": "fa3", "copy_bandwidth": 4e12}
     lone = speed_model.with_speedups([plain | {"copy_bandwidth": 4e12}, other])[1]
     assert lone["speedup"] is None, "another variant's plain decoding is no measure"
@@ -246,13 +246,19 @@ def started(monkeypatch):
     names = []
 
     def stand_in(point, folder, port, flags):
-        names.append(point.name)
         if "--broken" in point.variant.flags and point.num_steps:
             return [sys.executable, "-c", "print('no such kernel'); raise SystemExit(3)"]
         script = Path(__file__).parents[1] / "helpers" / "stand_in.py"
         return [sys.executable, str(script), "--port", str(port), "--num-steps", str(point.num_steps)]
 
+    start = speed_model.start
+
+    def counted(point, *rest):
+        names.append(point.name)
+        return start(point, *rest)
+
     monkeypatch.setattr(speed_model, "command", stand_in)
+    monkeypatch.setattr(speed_model, "start", counted)
     return names
 
 
@@ -277,12 +283,41 @@ def test_the_whole_command_with_stand_ins_resumes(tmp_path, started, capsys):
     assert started == ["baseline", "k1-full"] and (tmp_path / "profile-k1-full.txt").exists()
     speed_model.main(arguments(tmp_path, "--steps", "1,2"))
     assert started == ["baseline", "k1-full", "k2-full"]
+    shown = capsys.readouterr()
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [p["name"] for p in report["points"]] == ["baseline", "k1-full", "k2-full"]
     assert report["points"][0]["speedup"] == 1.0 and report["points"][2]["tau"] > report["points"][1]["tau"]
-    assert (tmp_path / "speed.png").stat().st_size > 0 and "| k2-full |" in capsys.readouterr().out
-    with pytest.raises(InputError, match="measured with other settings"):
-        speed_model.main(arguments(tmp_path, "--steps", "1", "--tokens", "50"))
+    assert (tmp_path / "speed.png").stat().st_size > 0 and "| k2-full |" in shown.out
+    assert "1 points to measure, 2 kept" in shown.err
+    started.clear()
+    speed_model.main(arguments(tmp_path, "--steps", "1,2"))
+    assert not started and "0 points to measure, 3 kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tokens", "flags", "shape", "gpu", "sglang", "environment"])
+def test_points_measured_under_anything_else_are_not_kept(tmp_path, started, monkeypatch, kind):
+    monkeypatch.setattr(speed_model, "gpu_name", lambda: "one")
+    speed_model.main(arguments(tmp_path, "--steps", "1"))
+    more = {"tokens": ["--tokens", "50"], "flags": ["--", "--dtype", "float32"]}.get(kind, [])
+    if kind == "shape":
+        monkeypatch.setitem(shapes.SHAPES["tiny"], "num_hidden_layers", 5)
+    if kind == "gpu":
+        monkeypatch.setattr(speed_model, "gpu_name", lambda: "another")
+    if kind == "sglang":
+        monkeypatch.setattr(sglang, "sglang_version", lambda: "0.5.23")
+    if kind == "environment":
+        monkeypatch.setenv("SGLANG_X", "1")
+    with pytest.raises(InputError, match=rf"baseline was measured with other settings \({kind}: "):
+        speed_model.main(arguments(tmp_path, "--steps", "1", *more))
+
+
+def test_a_point_with_other_rates_or_rows_is_measured_again(tmp_path, started, monkeypatch):
+    speed_model.main(arguments(tmp_path, "--steps", "1"))
+    started.clear()
+    rates = shapes.Rates([0.5], [0.5], {}, "other")
+    monkeypatch.setattr(shapes, "read_rates", lambda source: rates)
+    speed_model.main(arguments(tmp_path, "--steps", "1"))
+    assert started == ["k1-full"]
 
 
 def test_several_servers_at_once_and_one_that_dies(tmp_path, started, capsys):

@@ -158,17 +158,36 @@ def test_switches_are_read_from_the_log(tmp_path):
     assert vocab_cost.switches_in(log) == 12
 
 
-def test_a_measured_folder_needs_no_gpu_to_be_reported_again(tmp_path, capsys):
+def test_a_measured_folder_needs_no_gpu_to_be_reported_again(tmp_path, capsys, monkeypatch):
     arms = ["full", "stock 64", "auto 64", "stock 100"]
     names = {name: [vocab_cost.record(name, [turn(11, 5, 2.0)])] for name in arms}
     kernels = [{"rows": 64, "switch_us": 1.0, "head_us": 2.0, "static_us": 3.0}]
+    kernels += [kernels[0] | {"rows": rows} for rows in (100, shapes.SHAPES["tiny"]["vocab_size"])]
     argv = ["--shape", "tiny", "--sizes", "64", "--unions", "100", "--out", str(tmp_path)]
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="no GPU here"):
-            vocab_cost.main(argv)
-    (tmp_path / "measured.json").write_text(json.dumps({"gpu": "H", "kernels": kernels, "arms": names}))
+    files.claim(tmp_path, folder=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(vocab_cost, "gpu_name", lambda: None)
+    with pytest.raises(InputError, match="no GPU here"):
+        vocab_cost.main(argv)
+    args = vocab_cost.parser().parse_args(argv)
+    depends = vocab_cost.depends(args, shapes.SHAPES["tiny"], []) | {"gpu": "H", "sglang": "0.5.17"}
+    measured = {"fingerprint": depends, "kernels": kernels, "arms": names}
+    (tmp_path / "measured.json").write_text(json.dumps(measured))
     vocab_cost.main(argv)
-    assert "| 64 | 1.0 | 2.0 | 3.0 |" in capsys.readouterr().out and (tmp_path / "cost.md").exists()
+    shown = capsys.readouterr()
+    assert "| 64 | 1.0 | 2.0 | 3.0 |" in shown.out and (tmp_path / "cost.md").exists()
+    assert "0 servers to measure, 4 kept" in shown.err
+    # Other settings, or a GPU of another name that is here: nothing is mixed.
+    for more, message in (
+        (["--tau", "2.5"], "tau: 2.4 -> 2.5"),
+        (["--tokens", "64"], "tokens: 256 -> 64"),
+        (["--", "--dtype", "float32"], "flags: "),
+    ):
+        with pytest.raises(InputError, match=f"measured with other settings .*{message}"):
+            vocab_cost.main([*argv, *more])
+    monkeypatch.setattr(vocab_cost, "gpu_name", lambda: "another")
+    with pytest.raises(InputError, match='gpu: "H" -> "another"'):
+        vocab_cost.main(argv)
 
 
 def test_a_dead_arm_does_not_take_the_others_with_it(tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_the_whole_table_over_servers(model, questions, started, tmp_path, capsy
     (out / "radar.png").unlink()
     charts.main([str(out)])
     assert (out / "radar.png").exists()
-    with pytest.raises(InputError, match="neither table.json nor speed.json"):
+    with pytest.raises(InputError, match="no table.json; give the --out"):
         charts.main([str(tmp_path)])
 
     # The same command again: no server, the same numbers.
