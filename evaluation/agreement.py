@@ -22,7 +22,7 @@ from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.sglang import split_flags
 from fastmtp.files import write_json, write_provenance
-from fastmtp.markdown import grid
+from fastmtp.markdown import grid, number
 from fastmtp.vocab.token_map import load_token_map
 
 
@@ -71,7 +71,7 @@ def compare(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], dtype: str) -
                     "accept_length": computed.accept_length,
                     "position_rates": computed.position_rates,
                 },
-                "difference": tau - computed.accept_length,
+                "difference": None if None in (tau, computed.accept_length) else tau - computed.accept_length,
             }
         )
     return rows
@@ -93,9 +93,12 @@ def markdown(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         served, computed = row["served"], row["computed"]
-        rates = [" ".join(f"{x:.3f}" for x in side["position_rates"]) for side in (served, computed)]
-        taus = [f"{side['accept_length']:.3f}" for side in (served, computed)]
-        lines.append([row["arm"], row["task"], row["questions"], *taus, f"{row['difference']:+.3f}", *rates])
+        rates = [
+            " ".join(f"{x:.3f}" for x in side["position_rates"] or []) or "-" for side in (served, computed)
+        ]
+        taus = [number(side["accept_length"], ".3f") for side in (served, computed)]
+        difference = number(row["difference"], "+.3f")
+        lines.append([row["arm"], row["task"], row["questions"], *taus, difference, *rates])
     return grid(HEAD, lines, text=2) + "\n"
 
 
@@ -128,9 +131,11 @@ def main(argv: list[str] | None = None) -> None:
     (Path(args.out) / "agreement.md").write_text(markdown(rows), encoding="utf-8")
     write_provenance(args.out, vars(args) | {"dtype": plan.dtype}, [f for f in plan.files.values() if f])
     print(markdown(rows))
-    apart = [row for row in rows if abs(row["difference"]) > args.tolerance]
+    apart = [row for row in rows if row["difference"] is None or abs(row["difference"]) > args.tolerance]
     if apart:
-        names = ", ".join(f"{row['arm']} on {row['task']} ({row['difference']:+.3f})" for row in apart)
+        names = ", ".join(
+            f"{row['arm']} on {row['task']} ({number(row['difference'], '+.3f')})" for row in apart
+        )
         sys.exit(f"evaluation.agreement: tau differs by more than {args.tolerance:g}: {names}")
 
 

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from fastmtp import files, weights
-from fastmtp.checkpoint import PREFIX, read_head
+from fastmtp import files
+from fastmtp.checkpoint import (
+    HEAD_TENSORS,
+    PREFIX,
+    check_finite,
+    check_head,
+    check_weights,
+    expected_shapes,
+    headers,
+    read_head,
+)
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.tokenizer import end_ids, load_tokenizer
@@ -32,26 +41,25 @@ class Model:
 
 
 def check(folder: str | Path, device: str = "cpu") -> MiMoConfig:
-    """The configuration of a MiMo-layout folder whose weights' headers fit it.
+    """The configuration of a MiMo-layout folder whose weights' headers fit it (`checkpoint.check_weights`).
 
-    Raises InputError for a missing folder or head, quantised weights, missing, unexpected, misshapen or torn
-    tensors, and a device that PyTorch cannot use.
+    Raises InputError for any other folder, and for a device that PyTorch cannot use.
     """
     folder = files.existing(folder, "model folder")
     check_device(device)
     about = files.read_json(folder / "config.json")
-    weights.refuse_quantised(folder, about)
+    present = headers(folder).keys()
+    body = expected_shapes(about, folder).keys() - HEAD_TENSORS
+    if body <= present and HEAD_TENSORS.isdisjoint(present):
+        raise InputError(f"{folder}: no {PREFIX}0 tensors, so there is no MTP head; {CURE}")
+    check_weights(folder)
     try:
         # The folder's type is one that engines know; ours is the one with the head.
         config = MiMoConfig.from_dict({**about, "model_type": MiMoConfig.model_type})
-        shapes = tensor_shapes(config)
+        with torch.device("meta"):
+            MiMoForCausalLM(config)
     except Exception as error:  # whatever a wrong value makes transformers or torch stumble over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{folder / 'config.json'}: not a model's configuration ({reason}); {CURE}"
-        ) from None
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    weights.check(folder, shapes, tied, CURE)
+        raise InputError(f"{folder / 'config.json'}: not usable ({_reason(error)}); {CURE}") from None
     return config
 
 
@@ -63,12 +71,6 @@ def check_device(device: str) -> None:
         raise InputError(
             f"--device {device}: PyTorch cannot use it on this machine; give cpu, or cuda if there is a GPU"
         ) from None
-
-
-def tensor_shapes(config: MiMoConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model with this configuration, by name; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in MiMoForCausalLM(config).state_dict().items()}
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Model:
@@ -84,12 +86,14 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Mod
             folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True
         )
         net = net.to(device).eval()
-    except torch.OutOfMemoryError:
-        raise InputError(f"{folder}: too large for {device} in {dtype}; give a smaller model") from None
-    if info["missing_keys"] or info["unexpected_keys"]:  # what the headers did not show
-        names = weights.shown([*info["missing_keys"], *info["unexpected_keys"]])
-        raise InputError(f"{folder}: transformers does not load {names} as it lies there; {CURE}")
-    check_finite(folder, net.state_dict())
+    except Exception as error:  # out of memory, or a layout of files that transformers does not know
+        raise InputError(f"{folder}: cannot be loaded in {dtype} on {device} ({_reason(error)})") from None
+    made_up = sorted(info["missing_keys"])
+    if made_up:
+        raise InputError(
+            f"{folder}: transformers does not find {made_up[0]} ({len(made_up)} missing); {CURE}"
+        )
+    check_finite(net.state_dict().items(), folder)
     return Model(net, tokenizer, end_ids(folder, tokenizer))
 
 
@@ -98,29 +102,20 @@ def check_tokenizer(folder: str | Path, tokenizer, vocab_size: int) -> None:
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has the id {largest}, the model only {vocab_size}; "
+            f"{folder}: the tokenizer has the id {largest}, the model only {vocab_size} rows; "
             "copy tokenizer and weights of one model"
         )
-
-
-def check_finite(folder: str | Path, tensors: dict[str, Tensor]) -> None:
-    """InputError naming the tensors that hold NaN or infinity."""
-    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise InputError(f"{folder}: NaN or infinity in {weights.shown(broken)}; copy or train it again")
 
 
 def head_for(name: str | Path, config: MiMoConfig) -> dict[str, Tensor]:
     """The head of a checkpoint, a model or the package (`checkpoint.read_head`), fit for a model.
 
-    Raises InputError for a head of other shapes, or one that holds NaN or infinity.
+    Raises InputError for a head of other shapes, of integers, or one that holds NaN or infinity.
     """
     tensors = read_head(name)
-    for tensor, shape in tensor_shapes(config).items():
-        if tensor.startswith(PREFIX) and tuple(tensors[tensor].shape) != shape:
-            raise InputError(
-                f"{name}: a head for another model: {tensor} has the shape {list(tensors[tensor].shape)}, "
-                f"this model needs {list(shape)}"
-            )
-    check_finite(name, tensors)
+    check_head(tensors, config.to_dict(), name)
     return tensors
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -57,6 +57,9 @@ def load_tokenizer(name: str | Path):
         )
     if path.suffix == ".gguf":
         _fix_gguf(tokenizer, path)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # Without its files transformers builds an empty tokenizer of the model's type.
+        raise InputError(f"{name}: the tokenizer has no vocabulary; copy its files again")
     return tokenizer
 
 

@@ -27,9 +27,9 @@ from fastmtp import files
 from fastmtp.acceptance import measure_at
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.data.samples import read_samples
+from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.export import export
-from fastmtp.model import load
+from fastmtp.model import head_for, load
 from fastmtp.train import HEAD_KEYS, apply_overrides, check, train
 from fastmtp.yaml_file import read_mapping
 
@@ -165,8 +165,9 @@ def figures(base: str, head: Path, answers: str, leave_out: list[str], dtype: st
     intervals.
     """
     model = load(base, dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    model.net.load_head(read_head(head))
+    model.net.load_head(head_for(head, model.net.config))
     samples = [s for s in read_samples(answers, model.net.vocab_size) if s.get("source", "") not in leave_out]
+    check_measurable(answers, samples)
     return {
         "tau": {
             str(steps): {

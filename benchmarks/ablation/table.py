@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastmtp import files
+from fastmtp.markdown import number
 from fastmtp.tau import Acceptance, bootstrap, bounds
 
 REFERENCE = "self"  # FastMTP as published: the model's own answers, `paper` attention, labels from the text
@@ -59,6 +60,8 @@ def at(result: dict, steps: str, results: list[dict]) -> dict:
     for other in results:
         if other["arm"] == REFERENCE and other is not result:
             reference = parts(other, steps)["all"]
+            if row["interval"] is None or reference.interval is None:  # nothing was verified
+                continue
             ratio = bootstrap(found["all"].samples) / bootstrap(reference.samples)
             row["gain"] = found["all"].accept_length / reference.accept_length - 1
             row["gain_interval"] = [bound - 1 for bound in bounds(ratio)]
@@ -117,7 +120,7 @@ def markdown(table: dict) -> str:
     for k in (k for k in ks if k in ("3", largest)):
         lines += [f"tau by task, K={k}:", ""]
         rows = [
-            [name, *(f"{arm['at'][k]['tau'][source]:.3f}" for source in sources)]
+            [name, *(number(arm["at"][k]["tau"][source], ".3f") for source in sources)]
             for name, arm in table.items()
         ]
         lines += [grid(["arm", *sources], rows), ""]

@@ -2,15 +2,11 @@
 nonsense.
 """
 
-import json
-
 import pytest
 import torch
 from helpers.tiny import tiny_model, wrap
 
-from fastmtp.acceptance import FULL, as_json, draft_hits, measure, measure_at, pooled, read_samples, table
-from fastmtp.chat import prompt_ids
-from fastmtp.cli import InputError
+from fastmtp.acceptance import FULL, as_json, draft_hits, measure, measure_at, pooled, table
 from fastmtp.speculative import generate
 
 
@@ -125,15 +121,3 @@ def test_several_k_from_one_pass_are_those_measured_alone(useful):
     for steps, found in measure_at(useful.model, samples, [1, 2, 5], {"map": useful.token_map}).items():
         alone = measure(useful.model, samples, steps, {"map": useful.token_map}, batch_tokens=200)
         assert found == alone and len(pooled(found).histogram) == steps + 1
-
-
-def test_curated_rows_are_measured_like_distilled_ones(tmp_path, tokenizer):
-    answer = tokenizer("two plus two is four")["input_ids"] + [tokenizer.eos_token_id]
-    first = {"role": "assistant", "content": {"token_ids": answer[:3]}}
-    messages = [{"role": "user", "content": "what?"}, first, {"role": "user", "content": "and?"}]
-    row = {"messages": [*messages, {"role": "assistant", "content": {"token_ids": answer}}]}
-    (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
-    (found,) = read_samples(tmp_path / "eval.jsonl", len(tokenizer), tokenizer=tokenizer)
-    assert found["output_ids"] == answer and found["prompt_ids"] == prompt_ids(tokenizer, messages)
-    with pytest.raises(InputError, match="prompt_ids"):
-        read_samples(tmp_path / "eval.jsonl", len(tokenizer))

@@ -1,5 +1,7 @@
 """The reference decoder loses nothing: greedy token for token, sampled in distribution; it counts right."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 from helpers.tiny import save_folder, tiny_model, wrap
 from torch import nn
 
-from fastmtp import decoding
+from fastmtp import decoding, files
 from fastmtp.checkpoint import read_head
+from fastmtp.cli import InputError
+from fastmtp.decoding import summarise
 from fastmtp.speculative import accept_greedy, accept_sampled, generate
 
 VOCAB = 97
@@ -263,6 +267,138 @@ def test_the_chi_square_helper_can_fail():
     with pytest.raises(AssertionError):
         assert_fits(wanted + torch.tensor([25.0, -25.0] * 5), wanted)
     assert p_value(21.666, 9) == pytest.approx(0.01, rel=1e-3)  # from a printed table
+
+
+class Place:
+    """A working folder with a model, prompts, two heads and maps, and the command's usual arguments."""
+
+    def __init__(self, root, base_folder):
+        self.root, self.model = root, shutil.copytree(base_folder, root / "model")
+        self.prompts, self.out = root / "prompts.jsonl", root / "out.jsonl"
+        self.prompts.write_text('{"id": "a", "prompt": "what?"}\n{"id": "b", "prompt": "the cat"}\n')
+        for seed in (5, 6):
+            save_folder(root / f"head{seed}", seed=seed)
+        for name, ids in (("en", range(0, 200)), ("zh", range(100, 300))):
+            torch.save(torch.tensor(list(ids)), root / f"{name}.pt")
+
+    def run(self, capsys, *flags: str, **paths) -> tuple[str, list[dict]]:
+        """(what was said of asked and kept rows, the rows)."""
+        chosen = {"model": self.model, "prompts": self.prompts, "out": self.out} | paths
+        words = [word for name, path in chosen.items() for word in (f"--{name}", str(path))]
+        decoding.main([*words, "--max-new-tokens", "6", *flags])
+        files.release(chosen["out"])
+        (asked,) = (line for line in capsys.readouterr().err.splitlines() if " asked, " in line)
+        rows = [json.loads(line) for line in chosen["out"].read_text().splitlines()]
+        return asked.rpartition(": ")[2], rows
+
+
+@pytest.fixture
+def place(tmp_path, base_folder) -> Place:
+    return Place(tmp_path, base_folder)
+
+
+def test_the_same_content_is_kept_wherever_it_lies(place, capsys):
+    flags = ["--head", str(place.root / "head5"), "--token-map", str(place.root / "en.pt")]
+    asked, rows = place.run(capsys, *flags)
+    assert asked == "2 asked, 0 kept" and [row["id"] for row in rows] == ["a", "b"]
+    elsewhere = {
+        "model": shutil.copytree(place.model, place.root / "elsewhere"),
+        "prompts": shutil.copyfile(place.prompts, place.root / "other.jsonl"),
+    }
+    shutil.copytree(place.root / "head5", place.root / "again")
+    shutil.copyfile(place.root / "en.pt", place.root / "map.pt")
+    (place.model / "config.json").touch()
+    moved = ["--head", str(place.root / "again"), "--token-map", str(place.root / "map.pt")]
+    for now, paths in ((flags, {}), (moved, elsewhere)):
+        assert place.run(capsys, *now, **paths) == ("0 asked, 2 kept", rows)
+
+
+def exchange(place: Place, what: str) -> None:
+    """Put other content under the same name."""
+    if what == "head":
+        shutil.rmtree(place.root / "head5")
+        shutil.copytree(place.root / "head6", place.root / "head5")
+    elif what == "own head":
+        shutil.rmtree(place.model)
+        save_folder(place.model, seed=9)
+    elif what == "map":
+        shutil.copyfile(place.root / "zh.pt", place.root / "en.pt")
+    else:
+        place.prompts.write_text('{"id": "a", "prompt": "who?"}\n{"id": "b", "prompt": "the cat"}\n')
+
+
+@pytest.mark.parametrize("what", ["head", "own head", "map", "prompts"])
+def test_other_content_under_the_same_name_is_asked_again(place, capsys, what):
+    flags = ["--token-map", str(place.root / "en.pt")]
+    flags += ["--head", str(place.root / "head5")] if what == "head" else []
+    place.run(capsys, *flags)
+    exchange(place, what)
+    assert place.run(capsys, *flags)[0] == "2 asked, 0 kept"
+
+
+def test_other_settings_are_asked_again(place, capsys):
+    en, zh = place.root / "en.pt", place.root / "zh.pt"
+    for flags in (
+        ["--num-steps", "3"],
+        ["--num-steps", "2"],
+        ["--dtype", "bfloat16"],
+        ["--max-new-tokens", "5"],
+        ["--token-map", str(en)],
+        ["--token-maps", f"en={en},zh={zh}"],
+        ["--token-maps", f"zh={en},en={zh}"],
+        ["--token-maps", f"en={en},zh={zh}", "--vocab-policy", "fixed:en"],
+        ["--token-maps", f"en={en},zh={zh}", "--vocab-policy", "union"],
+    ):
+        assert place.run(capsys, *flags)[0] == "2 asked, 0 kept", flags
+        assert place.run(capsys, *flags)[0] == "0 asked, 2 kept", flags
+
+
+def test_somebody_elses_file_stays(place, capsys):
+    place.out.write_text("my own notes\n")
+    for out in (place.out, place.prompts):
+        before = out.read_text()
+        with pytest.raises(InputError, match="not written by this project"):
+            place.run(capsys, out=out)
+        assert out.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "many words " * 600}, "has [0-9]+ tokens, the model's context leaves 506"),
+        ({"prompt": None}, "prompts.jsonl:2: no prompt"),
+        ({"prompt": 5}, "prompts.jsonl:2: "),
+        ({"messages": [None]}, "prompts.jsonl:2: "),
+        ({"messages": [{"content": "x"}]}, "prompts.jsonl:2: "),
+        ({"messages": [{"role": "tool", "content": "5"}]}, "prompts.jsonl:2: "),
+        ({"id": "half \ud83d", "prompt": "x"}, "prompts.jsonl:2: "),
+    ],
+    ids=["long", "null", "number", "null message", "no role", "tool", "surrogate"],
+)
+def test_a_prompt_that_cannot_be_asked_is_named_before_anything_is_loaded(
+    place, capsys, row, words, monkeypatch
+):
+    monkeypatch.setattr(decoding, "load", lambda *_: pytest.fail("the weights were read"))
+    place.prompts.write_text('{"prompt": "what?"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=words):
+        place.run(capsys)
+    assert not place.out.exists() and not files.record_of(place.out).exists()
+
+
+def test_a_template_that_refuses_is_quoted(place, capsys):
+    refusal = "{{ raise_exception('System role not supported') }}"
+    (place.model / "chat_template.jinja").write_text(refusal)
+    with pytest.raises(InputError, match="prompt 'a': .*System role not supported"):
+        place.run(capsys)
+
+
+def test_nothing_verified_is_a_dash(place, capsys):
+    decoding.main(
+        ["--model", str(place.model), "--prompts", str(place.prompts), "--out", str(place.out)]
+        + ["--max-new-tokens", "1"]
+    )
+    assert capsys.readouterr().out == "tau=- speedup=- identical=2/2 rates=-\n"
+    assert summarise([json.loads(line) for line in place.out.read_text().splitlines()])["speedup"] is None
 
 
 def test_another_head_takes_the_place_of_the_models_own(base_folder, tmp_path, monkeypatch):
