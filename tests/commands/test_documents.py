@@ -133,3 +133,22 @@ def test_a_wrong_flag_is_found(tmp_path, monkeypatch):
     assert command == "python -m fastmtp.export --base a --hed b --out c"
     with pytest.raises((SystemExit, AssertionError)):
         test_a_shown_command_is_one_that_the_parser_takes(command, monkeypatch)
+
+
+@pytest.mark.parametrize("pattern", DOCUMENTS)
+def test_files_that_a_document_names_exist(pattern):
+    for path in REPOSITORY.glob(pattern):
+        text = path.read_text(encoding="utf-8")
+        links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+        assert [link for link in sorted(links) if link and not (path.parent / link).exists()] == [], path
+        if path.name == "CONTRIBUTING.md":  # the rooms: in backquotes, from the root or from the package
+            named = re.findall(r"`([a-z_/0-9]+(?:\.py|\.yaml|/))`", text)
+            roots = (REPOSITORY, REPOSITORY / "fastmtp")
+            assert len(named) > 30 and [n for n in named if not any((r / n).exists() for r in roots)] == []
+
+
+def test_no_message_sends_users_to_the_package_index_for_this_project():
+    """The name fastmtp there is somebody else's."""
+    sources = [p for pattern in (*DOCUMENTS, *SOURCES) for p in REPOSITORY.glob(pattern)]
+    wrong = re.compile(r"pip install (?!-)[^\n]*\bfastmtp\b")
+    assert [str(p) for p in sources if wrong.search(p.read_text(encoding="utf-8"))] == []
