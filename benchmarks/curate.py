@@ -8,12 +8,13 @@ left out or inserted, and the
 command runs again: every pair of which both halves survive is a miss, every other sample that falls is a
 false removal.
 
-    python benchmarks/curate.py --pairs DIR --out build/curate --results results/curate.md
+    python -m benchmarks.curate --pairs DIR --out build/curate --results results/curate.md
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -26,8 +27,8 @@ from pathlib import Path
 
 import psutil
 
-from fastmtp.cli import InputError, Parser, run
-from fastmtp.files import read_jsonl, write_jsonl
+from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.files import atomic, claim, read_jsonl, write_jsonl, write_provenance
 from fastmtp.vocab.lang import detect
 
 # A word, a Chinese character or a stretch of white space; only white space is never edited.
@@ -189,9 +190,9 @@ def measure(args, words: int) -> str:
 
 def parser() -> Parser:
     p = Parser(
-        "python benchmarks/curate.py",
+        "python -m benchmarks.curate",
         "Time, memory, recall and false removals of curation with planted near-duplicates.",
-        "python benchmarks/curate.py --pairs data/pairs --out build/curate --results results/curate.md",
+        "python -m benchmarks.curate --pairs data/pairs --out build/curate --results results/curate.md",
     )
     p.add_argument(
         "--pairs", required=True, help='folder of .jsonl[.gz] files, {"prompt", "response"} a line'
@@ -212,16 +213,28 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
+    at_least(args, 1, "samples", "workers")
+    claim(args.out, folder=True)
+    if args.results:
+        claim(args.results)
     table = [
-        "| samples | answer tokens | seconds | peak GB | recall of planted | false removals | dropped before planting |",
+        "| samples | answer tokens | seconds | peak GB | recall of planted | false removals "
+        "| dropped before planting |",
         "|---:|---:|---:|---:|---:|---:|---|",
         *(measure(args, words) for words in args.words),
     ]
     print("\n".join(table))
+    write_provenance(args.out, vars(args))
     if args.results:
-        shown = f"python benchmarks/curate.py --pairs DIR --out DIR --samples {args.samples} --words {' '.join(map(str, args.words))}"
-        text = f"# Curation\n\nMachine: two cores. Command: `{shown} --workers {args.workers} --seed {args.seed}`\n\n"
-        Path(args.results).write_text(text + "\n".join(table) + "\n", encoding="utf-8")
+        words = " ".join(map(str, args.words))
+        command = (
+            f"python -m benchmarks.curate --pairs DIR --out DIR --samples {args.samples} --words {words}"
+        )
+        more = f"--workers {args.workers} --seed {args.seed}"
+        text = f"# Curation\n\nMachine: {os.cpu_count()} cores. Command: `{command} {more}`\n\n"
+        with atomic(args.results) as temporary:
+            temporary.write_text(text + "\n".join(table) + "\n", encoding="utf-8")
+        write_provenance(args.results, vars(args))
 
 
 if __name__ == "__main__":

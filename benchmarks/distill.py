@@ -4,7 +4,7 @@ The engines are started once; each combination answers its own part of the promp
 every answer is kept as a distilled sample. `--all` then answers all that is left with the best combination.
 Options that are not listed here are those of fastmtp.distill.
 
-    python benchmarks/distill.py --try 1x1024 2x2048 4x4096 --all --model models/smollm2 \\
+    python -m benchmarks.distill --try 1x1024 2x2048 4x4096 --all --model models/smollm2 \\
         --prompts data/pairs/*_en.jsonl.gz --max-new-tokens 512 --out results/distill/distilled.jsonl
 """
 
@@ -28,7 +28,7 @@ from fastmtp.cli import InputError, Parser, run
 from fastmtp.data.engines import engines
 from fastmtp.data.journal import Journal
 from fastmtp.data.prompts import Chat
-from fastmtp.files import atomic, write_json
+from fastmtp.files import atomic, claim, write_json
 
 HEAD = "| run | engines | in flight | prompts | output tokens | seconds | tokens/s | tokens/s, middle half |"
 WARM = 64  # prompts an engine that are not measured: its first ones compile kernels
@@ -118,9 +118,9 @@ def report(rows: list[dict], start_s: float, answered: int) -> str:
 
 def parser() -> Parser:
     p = Parser(
-        "python benchmarks/distill.py",
+        "python -m benchmarks.distill",
         "Measure distillation over engines and chats in flight; other options are fastmtp.distill's.",
-        "python benchmarks/distill.py --try 1x1024 4x4096 --all --model models/smollm2 \\\n"
+        "python -m benchmarks.distill --try 1x1024 4x4096 --all --model models/smollm2 \\\n"
         "    --prompts examples/prompts.jsonl --max-new-tokens 512 --out build/distill/distilled.jsonl",
     )
     p.add_argument(
@@ -163,6 +163,8 @@ def main() -> None:
         raise InputError(f"--try {' '.join(own.combinations)}: give pairs such as 2x1024") from None
     questions, rows = distill.Questions(args), []
     out = Path(args.out)
+    for path in filter(None, (own.results, out.with_suffix(".bench.json"))):
+        claim(path)
 
     def left() -> float:
         return own.stop_after - (time.perf_counter() - begun)

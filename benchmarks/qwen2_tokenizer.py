@@ -7,7 +7,7 @@ by two independent
 implementations, tokenizers and tiktoken, and decodes them again: any difference ends with exit code 1.
 
     pip install dashscope tiktoken
-    python benchmarks/qwen2_tokenizer.py --out models/qwen2 --check README.md
+    python -m benchmarks.qwen2_tokenizer --out models/qwen2 --check README.md
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def check(tokenizer, ranks: Path, path: Path) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = Parser(
-        "python benchmarks/qwen2_tokenizer.py",
+        "python -m benchmarks.qwen2_tokenizer",
         "Write the Qwen2 tokenizer as a folder that transformers loads, from dashscope's merge ranks.",
-        "python benchmarks/qwen2_tokenizer.py --out models/qwen2 --check README.md",
+        "python -m benchmarks.qwen2_tokenizer --out models/qwen2 --check README.md",
     )
     p.add_argument("--out", required=True, help="folder for tokenizer.json and tokenizer_config.json")
     p.add_argument("--ranks", help="a qwen.tiktoken file (default: the one in the installed dashscope)")

@@ -1,4 +1,4 @@
-"""Bytes that a decoding cycle must read, from a model's shape alone; and the accept lengths to assume.
+"""Models' shapes; the bytes that a decoding cycle must read, from a shape alone; the accept lengths to assume.
 
 At one stream a pass reads every weight once and computes next to nothing, so bytes over bandwidth bound its
 time.
@@ -27,6 +27,20 @@ SHAPES = {
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-05,
         "rope_theta": 640000.0,
+        "tie_word_embeddings": False,
+    },
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
     },
     # Small enough to try the command itself in a minute; its speeds mean nothing.
     "tiny": {
@@ -40,6 +54,7 @@ SHAPES = {
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-05,
         "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
     },
 }
 
@@ -51,7 +66,6 @@ def config_json(shape: dict) -> dict:
         "model_type": "qwen2",
         "num_nextn_predict_layers": 1,
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -105,7 +119,7 @@ class Rates:
     source: str
 
     def tau(self, num_steps: int, map_name: str | None) -> float:
-        """Accept length, the backbone's own token included. Raises InputError where the rates are too short."""
+        """Accept length, the backbone's own token included. Raises InputError if the rates are too short."""
         rates = self.full if map_name is None else self.by_map.get(map_name, self.mapped)
         if num_steps > len(rates):
             raise InputError(
@@ -114,9 +128,8 @@ class Rates:
         return 1 + sum(rates[:num_steps])
 
 
-# Table 1 of arXiv 2509.18362 gives accept lengths 1.81, 2.37, 2.73 (1.79, 2.33, 2.66 with a 32k map) for K =
-# 1, 2, 3;
-# positions 4 to 7 are read off its curve over K and are rougher.
+# Table 1 of arXiv 2509.18362 gives accept lengths 1.81, 2.37, 2.73 (1.79, 2.33, 2.66 with a 32k map) for
+# K = 1, 2, 3; positions 4 to 7 are read off its curve over K and are rougher.
 PAPER = Rates(
     [0.81, 0.56, 0.36, 0.22, 0.13, 0.08, 0.05],
     [0.79, 0.54, 0.33, 0.20, 0.12, 0.07, 0.05],

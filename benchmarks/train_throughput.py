@@ -15,7 +15,7 @@ times that (forward and backward), at all tokens for step 1 and at anchors with 
 weight of the output matrix for each target (logits, and the gradient of their input). Padding, recomputation
 and logits of prompts count nothing.
 
-    python benchmarks/train_throughput.py --shape mimo-7b --out results/train_throughput/mimo-7b.json
+    python -m benchmarks.train_throughput --shape mimo-7b --out results/train_throughput/mimo-7b.json
 """
 
 from __future__ import annotations
@@ -31,39 +31,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen2ForCausalLM
 
+from benchmarks.shapes import SHAPES
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.losses import IGNORE, step_targets, step_weights
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.head.recursion import layout, recurse
 
-MIMO_7B = dict(
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=151680,
-    max_position_embeddings=32768,
-    rms_norm_eps=1e-5,
-    rope_theta=640000.0,
-    tie_word_embeddings=False,
-)
-SMOLLM2 = dict(
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=100000.0,
-    tie_word_embeddings=True,
-)
-SHAPES = {"mimo-7b": MIMO_7B, "smollm2": SMOLLM2}
 IMPLEMENTATIONS = ("ours", "paper-style")
 ACCUMULATED = 8  # documents a step of the optimiser, in the paper's recipe
 
@@ -256,7 +230,7 @@ def table(config: dict, rows: list[dict]) -> str:
     lines = [
         f"# Training throughput: {config['shape']}, K={config['num_steps']}",
         "",
-        f"{config['card']}, torch {config['torch']}. `python benchmarks/train_throughput.py --shape {config['shape']} "
+        f"{config['card']}, torch {config['torch']}. `python -m benchmarks.train_throughput --shape {config['shape']} "
         f"--packed-length {config['packed_length']} --num-steps {config['num_steps']} --documents {config['documents']}"
         f"{' --compile' if config['compile'] else ''}{' --recompute' if config['recompute'] else ''} --seed {config['seed']}`",
         "",
@@ -280,11 +254,13 @@ def table(config: dict, rows: list[dict]) -> str:
 
 def parser() -> Parser:
     p = Parser(
-        "python benchmarks/train_throughput.py",
+        "python -m benchmarks.train_throughput",
         "Training speed and memory of the head, ours beside the paper's way, on dummy weights.",
-        "python benchmarks/train_throughput.py --shape mimo-7b --out results/train_throughput/mimo-7b.json",
+        "python -m benchmarks.train_throughput --shape mimo-7b --out results/train_throughput/mimo-7b.json",
     )
-    p.add_argument("--shape", choices=SHAPES, default="mimo-7b", help="model shape (default mimo-7b)")
+    p.add_argument(
+        "--shape", choices=("mimo-7b", "smollm2"), default="mimo-7b", help="model shape (default mimo-7b)"
+    )
     p.add_argument(
         "--impl", choices=IMPLEMENTATIONS, nargs="+", default=list(IMPLEMENTATIONS), help="default: both"
     )
@@ -307,6 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = SHAPES[args.shape]
+    outputs = [Path(args.out), Path(args.out).with_suffix(".md")] if args.out else []
+    for path in outputs:
+        files.claim(path)
     if device == "cpu" and args.shape != "smollm2":
         raise InputError(f"no GPU here, and --shape {args.shape} needs one; give --shape smollm2")
     documents = make_documents(args.documents, shape["vocab_size"], args.seed)
@@ -331,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         files.write_json(args.out, {"config": config, "results": rows})
         with files.atomic(Path(args.out).with_suffix(".md")) as path:
             path.write_text(table(config, rows), encoding="utf-8")
+        for path in outputs:
+            files.write_provenance(path, config)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ N times over, as one that much larger: the peak must not grow with it. On a mach
 MB per core-second is the figure to compare. Memory is sampled as PSS, which counts what workers share once;
 Linux only.
 
-    python benchmarks/vocab_builder.py --tokenizer models/qwen2 --input 'pairs/*.jsonl.gz' --column response
+    python -m benchmarks.vocab_builder --tokenizer models/qwen2 --input 'pairs/*.jsonl.gz' --column response
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def memory() -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = Parser(
-        "python benchmarks/vocab_builder.py",
+        "python -m benchmarks.vocab_builder",
         "Time the token counter on your corpus.",
-        "python benchmarks/vocab_builder.py --tokenizer models/qwen2 --input 'pairs/*.jsonl.gz' --column response",
+        "python -m benchmarks.vocab_builder --tokenizer models/qwen2 --input 'pairs/*.jsonl.gz' --column response",
     )
     p.add_argument("--tokenizer", required=True, help="model folder or Hub name")
     p.add_argument("--input", nargs="+", required=True, help="files or patterns, as for build_vocab")

@@ -66,6 +66,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "num_steps")
+    files.claim(args.out)
     tokenizer = load_tokenizer(args.tokenizer)
     vocab = read_vocab(args.token_maps, AUTO, tokenizer, len(tokenizer))
     samples = read_samples(args.data, len(tokenizer))

@@ -45,7 +45,7 @@ class Server:
         check_port(port)
         self.argv, self.port, self.log, self.wait = argv, port, Path(log), wait
         self.stop_patience, self.host, self.secret = stop_patience, ANY.get(host, host), secret
-        self.env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        self.env = {**os.environ, **_no_proxy(), "PYTHONUNBUFFERED": "1", **(env or {})}
         self.process: subprocess.Popen | None = None
         self.url = base_url(self.host, port)
 
@@ -161,6 +161,13 @@ def _outcome(server: Server) -> ServerError | None:
     except ServerError as error:
         return error
     return None
+
+
+def _no_proxy() -> dict[str, str]:
+    """The environment in which a server's own calls to itself do not go through the user's proxy."""
+    own = [HOST, "localhost", "::1"]
+    names = ("no_proxy", "NO_PROXY")
+    return {name: ",".join([*filter(None, [os.environ.get(name)]), *own]) for name in names}
 
 
 def _private(path: str, flags: int) -> int:

@@ -1,13 +1,8 @@
-"""The SGLang model package: against made-up engine classes, and against the names in every SGLang source at
-hand.
-"""
+"""The SGLang model package against made-up engine classes (SGLang's own signatures: test_signatures.py)."""
 
-import ast
 import importlib.util
-import os
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,53 +198,3 @@ def test_only_the_first_rank_talks(package, capsys):
 def test_dp_attention_is_refused(package):
     with pytest.raises(ValueError, match="DP attention"):
         package(attn_dp_size=2)
-
-
-def sources() -> list[Path]:
-    """Roots of SGLang's sources: the installed one, and those named in SGLANG_SOURCES."""
-    spec = importlib.util.find_spec("sglang") if "sglang" not in sys.modules else None
-    installed = [Path(spec.submodule_search_locations[0])] if spec else []
-    return installed + [Path(p) for p in os.environ.get("SGLANG_SOURCES", "").split(os.pathsep) if p]
-
-
-def definition(tree: ast.AST, *names: str) -> ast.AST:
-    """A class or function, by its dotted path in a module; the test fails where it is gone."""
-    for name in names:
-        found = [
-            n for n in ast.walk(tree) if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name
-        ]
-        assert found, f"{'.'.join(names)} is gone"
-        tree = found[0]
-    return tree
-
-
-@pytest.mark.skipif(not sources(), reason="no SGLang here; set SGLANG_SOURCES to folders that hold its srt/")
-@pytest.mark.parametrize("root", sources(), ids=str)
-def test_the_names_we_rely_on_exist(root):
-    def tree(path):
-        return ast.parse((root / "srt" / path).read_text(encoding="utf-8"))
-
-    def arguments(function):
-        return [a.arg for a in function.args.args]
-
-    head = definition(tree("layers/logits_processor.py"), "LogitsProcessor", "_compute_lm_head")
-    assert arguments(head)[:4] == ["self", "hidden_states", "lm_head", "embedding_bias"]
-    assert {a.arg for a in head.args.kwonlyargs} <= {"out"}
-    model = definition(tree("models/mimo_mtp.py"), "MiMoMTP")
-    assert arguments(definition(model, "set_embed_and_head")) == ["self", "embed", "head"]
-    assert arguments(definition(model, "__init__")) == ["self", "config", "quant_config", "prefix"]
-    assert "self.logits_processor(" in ast.unparse(definition(model, "forward"))
-    worker = definition(tree("speculative/eagle_worker_v2.py"), "EagleDraftWorker")
-    for phase in PHASES:
-        assert arguments(definition(worker, phase))[:2] == ["self", "batch"]
-    assert "set_embed_and_head(embed, head)" in ast.unparse(definition(worker, "init_lm_head"))
-    assert "speculative_num_steps" in ast.unparse(worker)
-    request_source = ast.unparse(definition(tree("managers/schedule_batch.py"), "Req", "__init__"))
-    for name in ("self.origin_input_ids = ", "self.output_ids = ", "self.sampling_params = "):
-        assert name in request_source
-    assert "custom_params" in ast.unparse(definition(tree("sampling/sampling_params.py"), "SamplingParams"))
-    embedding = ast.unparse(definition(tree("layers/vocab_parallel_embedding.py"), "VocabParallelEmbedding"))
-    assert "self.shard_indices" in embedding and "org_vocab_start_index" in embedding
-    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" in (root / "srt/models/registry.py").read_text(encoding="utf-8")
-    context = (root / "srt/runtime_context.py").read_text(encoding="utf-8")
-    assert all(f'"{name}"' in context for name in ("tp_rank", "attn_dp_size"))
