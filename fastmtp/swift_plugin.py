@@ -2,7 +2,8 @@
 (`external_plugins`).
 
 - loader: MiMo layout, head kept in float32 under bf16 autocast (in bf16 the norms' small updates round away);
-- template: the model's own chat template (chat.py), per-step losses in the log, head-only checkpoints;
+- template: rows that fastmtp.train has encoded are handed on as they are; others (a hub's data sets) go
+  through the model's own chat template (chat.py); per-step losses in the log, head-only checkpoints;
 - callback `mtp_tau`: accept length on held-out samples at every checkpoint, the best one kept and linked;
 - a run whose trainable set is not exactly the head stops before its first step.
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from swift.arguments import SftArguments
 from swift.callbacks import TrainerCallback, callbacks_map
 from swift.model import ModelGroup, ModelLoader, ModelMeta, register_model
@@ -26,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from fastmtp.acceptance import measure, pooled
 from fastmtp.chat import encode_chat
-from fastmtp.checkpoint import PREFIX
+from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
 from fastmtp.model import Model
@@ -69,6 +72,13 @@ class MiMoLoader(ModelLoader):
 class MTPTemplate(Template):
     support_padding_free = True
 
+    def encode(self, inputs, return_template_inputs: bool = False, return_length: bool = False) -> dict:
+        if not isinstance(inputs, dict) or "input_ids" not in inputs:
+            return super().encode(inputs, return_template_inputs, return_length)
+        ids, length = list(inputs["input_ids"]), len(inputs["input_ids"])
+        row = {"input_ids": ids, "labels": list(inputs["labels"]), "length": length}
+        return row | ({"lengths": [length]} if return_length else {})
+
     def _encode(self, inputs) -> dict:
         system = [{"role": "system", "content": inputs.system}] if inputs.system else []
         ids, labels = encode_chat(self.tokenizer, system + inputs.messages)
@@ -87,10 +97,12 @@ class MTPTemplate(Template):
 
     def save_callback(self, model, output_dir: str) -> None:
         """Checkpoints hold the head alone; ms-swift loads them over the base on resume, fastmtp.export merges
-        them.
+        them. The record of what the run depends on comes first: it marks the folder as ours.
         """
-        head = self.gathered or head_of(model)
-        save_file(head, Path(output_dir) / "model.safetensors", metadata={"format": "pt"})
+        record = os.environ.get("FASTMTP_RECORD")
+        if record:
+            shutil.copyfile(record, Path(output_dir) / Path(record).name)
+        save_head(Path(output_dir), self.gathered or head_of(model))
 
 
 def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -141,7 +153,8 @@ class TauCallback(TrainerCallback):
             figures = [self.figures() if state.is_world_process_zero else None]
             if dist.is_initialized():
                 dist.broadcast_object_list(figures, src=0)
-            self.trainer.model.eval()  # the log of a model in training would also empty the means of the step losses
+            # the log of a model in training would also empty the means of the step losses
+            self.trainer.model.eval()
             training_log = control.should_log  # and any log calls off the one that is due
             self.trainer.log(dict(figures[0]))
             control.should_log = training_log
@@ -173,11 +186,27 @@ def check_trainable(model: torch.nn.Module) -> None:
     wrong = [n for n, p in model.named_parameters() if p.requires_grad != n.startswith(PREFIX)]
     if wrong:
         raise RuntimeError(
-            f"the trainable set must be exactly {PREFIX}*, but {wrong[0]} and {len(wrong) - 1} others differ; "
-            "set freeze_parameters: [model, lm_head] and trainable_parameters: [model.mtp_layers]"
+            f"the trainable set must be exactly {PREFIX}*, but {wrong[0]} and {len(wrong) - 1} others "
+            "differ; set freeze_parameters: [model, lm_head] and trainable_parameters: [model.mtp_layers]"
         )
 
 
+def end_with(parent: int) -> None:
+    """End this process once `parent` is gone: a killed command must not leave a training behind."""
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(parent, 0)
+            except OSError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if "FASTMTP_PARENT" in os.environ:
+    end_with(int(os.environ["FASTMTP_PARENT"]))
 callbacks_map["mtp_tau"] = TauCallback
 callbacks_map["mtp_gather"] = GatherCallback
 register_template(

@@ -1,19 +1,25 @@
-"""Fine-tune the head: check a recipe, then run `swift sft` on it (stock ms-swift, our plugin).
+"""Fine-tune the head: check a recipe and every training row, then run `swift sft` with our plugin.
 
-A recipe is a complete ms-swift YAML; the head's settings are its `model_kwargs` (modeling_mimo.MiMoConfig's
-mtp_*). With `mtp_eval_data`, held-out samples of which `mtp_eval_limit` are used, tau is measured at every
-checkpoint, and the link `best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers. Overrides
-are flags of the same names. An unknown key is an error.
+A recipe is an ms-swift YAML; the head's settings are its `model_kwargs` (modeling_mimo.MiMoConfig's mtp_*),
+`base` names the recipe that it completes, and what any head needs is added (data/recipe.py). With
+`mtp_eval_data`, held-out samples of which `mtp_eval_limit` are used, tau is measured at every checkpoint, and
+the link `best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers. Overrides are flags of the
+same names. An unknown key is an error.
+
+The same command goes on where an earlier one stopped, at its last checkpoint. With another recipe, other data
+or another model it is refused; `--overwrite true` starts over.
 
     python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5
-    NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml --resume_from_checkpoint runs/mimo7b_k3/last-checkpoint
+    NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,101 +31,218 @@ import yaml
 from fastmtp import files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.data import training_run
+from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, read_recipe
+from fastmtp.data.samples import check_measurable, read_samples
+from fastmtp.data.training_rows import Rules
+from fastmtp.data.training_run import Start, names, processes
+from fastmtp.data.training_set import TrainingSet, is_local, read_set, shuffled, split_count, write_set
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.head.recursion import ATTENTIONS
-from fastmtp.yaml_file import read_mapping
+from fastmtp.tokenizer import load_tokenizer
 
-HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile")
-NEEDED = ("model", "model_type", "external_plugins", "dataset", "output_dir", "model_kwargs")
-
-
-def apply_overrides(recipe: dict, overrides: Sequence[str]) -> dict:
-    """`--key value ...` over a recipe; head keys go to `model_kwargs`. InputError for a value without its
-    key.
-    """
-    recipe = {**recipe, "model_kwargs": dict(recipe.get("model_kwargs") or {})}
-    values: dict[str, list] = {}
-    for word in overrides:
-        if word.startswith("--"):
-            current = values[word[2:].replace("-", "_")] = []
-        elif not values:
-            raise InputError(f"'{word}' stands before any --key; write overrides as --key value")
-        else:
-            current.append(yaml.safe_load(word))
-    for key, value in values.items():
-        if not value:
-            raise InputError(f"--{key} has no value; write overrides as --key value")
-        if key in HEAD_KEYS:
-            recipe["model_kwargs"][key] = value[0]
-        else:
-            recipe[key] = value if len(value) > 1 or isinstance(recipe.get(key), list) else value[0]
-    return recipe
+NEEDED = ("model", "dataset", "output_dir", "model_kwargs")
+MAX_DROPPED = 0.1
+DATA_SEED = 42  # ms-swift's, and its 3 epochs
+ABOVE_ZERO = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length")
+AT_LEAST_ONE = ("gradient_accumulation_steps", "packing_length", "save_steps", "logging_steps")
 
 
-def check(recipe: dict, known: set[str], where: str) -> None:
-    """InputError for unknown or missing keys, bad head settings, a model without a head, missing data files."""
-    for names, allowed in ((recipe, known), (recipe.get("model_kwargs", {}), set(HEAD_KEYS))):
-        for key in names:
+def check(recipe: dict, known: set[str], place: str) -> None:
+    """InputError for unknown or missing keys, bad values, a model without a head, missing data files."""
+    for settings, allowed in ((recipe, known), (recipe.get("model_kwargs") or {}, set(HEAD_KEYS))):
+        if not isinstance(settings, dict):
+            raise InputError(f"{place}: 'model_kwargs' must be a block of the head's settings")
+        for key in settings:
             if key not in allowed:
                 near = difflib.get_close_matches(key, allowed, 1)
                 hint = f"did you mean '{near[0]}'?" if near else "see `swift sft --help`"
-                raise InputError(f"{where}: unknown key '{key}'; {hint}")
+                raise InputError(f"{place}: unknown key '{key}'; {hint}")
     for key in NEEDED:
         if not recipe.get(key):
-            raise InputError(f"{where}: the key '{key}' is missing; see configs/quickstart.yaml")
-    head = recipe["model_kwargs"]
-    steps, attention, limit = (
-        head.get("mtp_num_steps"),
-        head.get("mtp_attention"),
-        head.get("mtp_eval_limit", 1),
-    )
-    for name, value in (("mtp_num_steps", steps), ("mtp_eval_limit", limit)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{where}: {name} must be a whole number of at least 1, not {value}")
+            raise InputError(f"{place}: the key '{key}' is missing; see configs/quickstart.yaml")
+    check_numbers(recipe, place)
+    check_head(recipe["model_kwargs"], place)
+    for key in ("model", "output_dir"):
+        if not isinstance(recipe[key], str):
+            raise InputError(f"{place}: '{key}' must be a path, not {recipe[key]!r}")
+    for key in ("dataset", "val_dataset"):
+        for name in names(recipe, key):
+            if not isinstance(name, str):
+                raise InputError(f"{place}: '{key}' must be paths, not {name!r}")
+            if is_local(name):
+                files.existing(split_count(name)[0], f"file ('{key}' in {place})")
+    if not isinstance(recipe.get("columns") or {}, dict):
+        raise InputError(f"{place}: 'columns' must be a block such as {{prompt: query}}")
+    if "mtp_eval_data" in recipe["model_kwargs"]:
+        if recipe.get("val_dataset"):
+            raise InputError(
+                f"{place}: mtp_eval_data picks the best checkpoint by tau, val_dataset by loss; leave one out"
+            )
+        files.existing(recipe["model_kwargs"]["mtp_eval_data"], f"file ('mtp_eval_data' in {place})")
+    read_head(recipe["model"])
+
+
+def check_numbers(recipe: dict, place: str) -> None:
+    """InputError for a number that would train nothing, or that ms-swift would stumble over later."""
+    for key in (*ABOVE_ZERO, *AT_LEAST_ONE, "max_steps"):
+        value = recipe.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{place}: {key} must be a number, not {value!r}")
+        if key in ABOVE_ZERO and not value > 0:
+            raise InputError(f"{place}: {key} must be above 0, not {value}; nothing would be trained")
+        if key in AT_LEAST_ONE and key not in ("save_steps", "logging_steps") and value < 1:
+            raise InputError(f"{place}: {key} must be at least 1, not {value}")
+        if key == "max_steps" and value != -1 and (value < 1 or value != int(value)):
+            raise InputError(f"{place}: max_steps must be a whole number of at least 1, not {value}")
+
+
+def check_head(head: dict, place: str) -> None:
+    """InputError for settings of the head that its configuration does not take."""
+    steps, attention = head.get("mtp_num_steps"), head.get("mtp_attention")
+    for name, value in (("mtp_num_steps", steps), ("mtp_eval_limit", head.get("mtp_eval_limit", 1))):
+        if type(value) is not int or value < 1:
+            raise InputError(f"{place}: {name} must be a whole number of at least 1, not {value}")
     if not isinstance(head.get("mtp_compile", False), bool):
-        raise InputError(f"{where}: mtp_compile must be true or false, not {head['mtp_compile']}")
+        raise InputError(f"{place}: mtp_compile must be true or false, not {head['mtp_compile']}")
     if attention not in ATTENTIONS:
-        raise InputError(f"{where}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {attention}")
+        raise InputError(f"{place}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {attention}")
     try:
         _ = MiMoConfig(**{name: value for name, value in head.items() if name in SETTINGS}).objective
     except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    if "mtp_eval_data" in head:
-        if recipe.get("val_dataset"):
-            raise InputError(
-                f"{where}: mtp_eval_data picks the best checkpoint by tau, val_dataset by loss; leave one out"
-            )
-        files.existing(head["mtp_eval_data"], f"file ('mtp_eval_data' in {where})")
-    read_head(recipe["model"])
-    for key in ("dataset", "val_dataset"):
-        names = recipe.get(key) or []
-        for name in [names] if isinstance(names, str) else names:
-            if Path(name).suffix in (".jsonl", ".json", ".csv"):
-                files.existing(name, f"file ('{key}' in {where})")
+        raise InputError(f"{place}: {error}") from None
 
 
-def train(recipe: dict) -> None:
-    """Run `swift sft` on a checked recipe; its resolved form is kept in output_dir. SystemExit(1) if it
-    fails.
+def read_data(recipe: dict, max_dropped: float) -> dict[str, TrainingSet]:
+    """{"dataset": its local rows, "val_dataset": likewise}, encoded; what is left out is printed.
+
+    Raises InputError if too many rows are left out, or too few are left to train on.
     """
+    tokenizer = load_tokenizer(recipe["model"])
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{recipe['model']}: its tokenizer has no end-of-turn token; set eos_token there")
+    config = files.read_json(Path(recipe["model"]) / "config.json")
+    vocab_size = min(config["vocab_size"], len(tokenizer))
+    rules = Rules(
+        vocab_size,
+        int(recipe.get("max_length") or config["max_position_embeddings"]),
+        recipe.get("truncation_strategy") or "delete",
+        recipe.get("columns") or {},
+        recipe.get("system"),
+    )
+    sets = {}
+    for key in ("dataset", "val_dataset"):
+        local = [name for name in names(recipe, key) if is_local(name)]
+        if local:
+            rows = read_set(local, tokenizer, rules, int(recipe.get("dataset_num_proc") or 1))
+            if rows.left_out == len(rows.encoded):
+                raise InputError(f"{', '.join(local)}: no row can be trained on: {rows.summary()}")
+            if rows.left_out > max_dropped * len(rows.encoded):
+                raise InputError(
+                    f"{', '.join(local)}: {rows.summary()}; more than {max_dropped:.0%} is too much: "
+                    "fix the rows, or allow it with --max-dropped SHARE"
+                )
+            print(f"{', '.join(local)}: {rows.summary()}", flush=True)
+            sets[key] = rows
+    if set(names(recipe, "dataset")) == {name for name in names(recipe, "dataset") if is_local(name)}:
+        check_enough(recipe, sets["dataset"])
+    if "mtp_eval_data" in recipe["model_kwargs"]:
+        path, limit = recipe["model_kwargs"]["mtp_eval_data"], recipe["model_kwargs"].get("mtp_eval_limit")
+        check_measurable(path, read_samples(path, config["vocab_size"], limit, tokenizer))
+    return sets
+
+
+def check_enough(recipe: dict, rows: TrainingSet) -> None:
+    """InputError if a process would get no row of its own, or no batch would be full."""
+    count, what = sum(1 for _ in rows.sequences()), "row"
+    if recipe.get("packing"):
+        count = -(-rows.tokens // int(recipe.get("packing_length") or recipe["max_length"]))
+        what = "packed row"
+    needed = processes()
+    if recipe.get("dataloader_drop_last"):
+        needed *= int(recipe.get("per_device_train_batch_size") or 1)
+    if count < needed:
+        raise InputError(
+            f"{', '.join(names(recipe, 'dataset'))}: {count} {what}{'s' * (count != 1)} for {needed} "
+            "places in a step; give more rows, or train with fewer processes (NPROC_PER_NODE)"
+        )
+
+
+def train(recipe: dict, overwrite: bool = False, max_dropped: float = MAX_DROPPED) -> None:
+    """Run `swift sft` on a checked recipe, from where an earlier run stopped. SystemExit(1) if it fails."""
+    output = Path(recipe["output_dir"])
+    training_run.check_ours(output)
+    sets = read_data(recipe, max_dropped)
+    start = training_run.begin(recipe, overwrite)
+    if start.finished:
+        print(f"{start.checkpoint}: this training is finished ({start.step} steps); 0 steps done now")
+    else:
+        if start.checkpoint:
+            print(f"{start.checkpoint}: continued from step {start.step}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="fastmtp-train-") as folder:
+            code = run_swift(recipe, sets, start, Path(folder))
+        if code:
+            print(
+                f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+        if not training_run.checkpoints(output):
+            print(f"fastmtp.train: error: {output}: the training made no checkpoint", file=sys.stderr)
+            raise SystemExit(1)
+    recorded = "fingerprint" in (files.read_record(output / "run.json") or {})
+    if int(os.environ.get("NODE_RANK") or 0) == 0 and not (start.finished and recorded):
+        local = [name for name in names(recipe, "dataset") if is_local(name)]
+        files.write_provenance(output, recipe, local, start.found)
+
+
+def run_swift(recipe: dict, sets: dict[str, TrainingSet], start: Start, folder: Path) -> int:
+    """Write what ms-swift reads into a private `folder`, run it, and give its exit code."""
     needs = {"mtp_tau": "mtp_eval_data" in recipe["model_kwargs"], "mtp_gather": recipe.get("fsdp")}
     added = [name for name, needed in needs.items() if needed]
+    recipe = {**recipe, "resume_from_checkpoint": str(start.checkpoint) if start.checkpoint else None}
     if added:
-        recipe = {**recipe, "callbacks": [*recipe.get("callbacks", []), *added]}
-    with tempfile.TemporaryDirectory() as folder:
-        resolved = Path(folder) / "recipe.yaml"  # ms-swift copies it to output_dir
-        resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        start = "from swift.cli.main import cli_main; cli_main()"
-        environment = {**os.environ, "PYTHONPATH": files.python_path()}  # the plugin imports the package
-        command = [sys.executable, "-c", start, "sft", str(resolved)]
-        code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        print(
-            f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above", file=sys.stderr
-        )
-        raise SystemExit(1)
-    dataset = recipe["dataset"]
-    files.write_provenance(recipe["output_dir"], recipe, [dataset] if isinstance(dataset, str) else dataset)
+        recipe["callbacks"] = [*names(recipe, "callbacks"), *added]
+    for key, rows in sets.items():
+        data = names(recipe, key)
+        order = None
+        if recipe.get("dataset_shuffle", True) if key == "dataset" else recipe.get("val_dataset_shuffle"):
+            order = shuffled(len(rows.encoded), recipe.get("data_seed", DATA_SEED), len(data))
+        write_set(rows.sequences(order), folder / key)
+        recipe["cached_" + key] = [str(folder / key)]
+        recipe[key] = [name for name in data if not is_local(name)]
+    resolved = folder / "recipe.yaml"  # ms-swift copies it to output_dir
+    recipe = {key: value for key, value in recipe.items() if value not in (None, [])}
+    resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": files.python_path(),  # the plugin imports the package
+        "FASTMTP_PARENT": str(os.getpid()),
+        "FASTMTP_RECORD": str((Path(recipe["output_dir"]) / training_run.RECORD).absolute()),
+    }
+    command = [sys.executable, "-c", "from swift.cli.main import cli_main; cli_main()", "sft", str(resolved)]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        stop(process)
+        done = training_run.checkpoints(Path(recipe["output_dir"]))
+        go_on = f"continues from {done[-1]}" if done else "starts again: there is no checkpoint yet"
+        print(f"fastmtp.train: interrupted; the same command {go_on}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End ms-swift and all that it started; a no-op if it has ended."""
+    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
 
 
 def parser() -> Parser:
@@ -128,28 +251,55 @@ def parser() -> Parser:
         "Fine-tune the head on a recipe through `swift sft`. Further flags override the recipe's keys.",
         "python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5",
     )
+    p.allow_abbrev = False
     p.add_argument(
         "recipe", nargs="?", default="configs/mimo7b_k3.yaml", help="YAML (default configs/mimo7b_k3.yaml)"
+    )
+    p.add_argument("--print", action="store_true", help="show the whole recipe, its base included, and stop")
+    p.add_argument(
+        "--overwrite",
+        nargs="?",
+        const="true",
+        choices=("true", "false"),
+        help="true: start over, and remove the checkpoints of an earlier run in output_dir",
+    )
+    p.add_argument(
+        "--max-dropped",
+        type=float,
+        default=MAX_DROPPED,
+        metavar="SHARE",
+        help="stop if a larger share of the rows cannot be trained on (default %(default)s)",
     )
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    # not parse_known_args: it takes the value of the first override for a recipe that was left out
-    count = 1 if words and not words[0].startswith("--") else 0
-    args = parser().parse_args(["--help"] if "--help" in words else words[:count])
-    recipe = apply_overrides(read_mapping(args.recipe, "recipe"), words[count:])
+def swift_keys() -> set[str]:
+    """Names that `swift sft` accepts. InputError without ms-swift."""
     logging.disable(logging.INFO)  # ms-swift logs a line when it is imported
     try:
         from fastmtp.swift_plugin import swift_keys
     except ImportError as error:
-        raise InputError(
-            f"ms-swift cannot be imported ({error}); run: pip install 'fastmtp[train]'"
-        ) from None
-    logging.disable(logging.NOTSET)
+        raise InputError(f"ms-swift cannot be imported ({error}); run: pip install -e '.[train]'") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    return swift_keys()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    p = parser()
+    if not words or words[0].startswith("-"):  # or argparse takes an override's value for the recipe
+        words.insert(0, p.get_default("recipe"))
+    words = [word.replace("--max_dropped", "--max-dropped") for word in words]
+    args, overrides = p.parse_known_args(words)
+    if not 0 <= args.max_dropped <= 1:
+        raise InputError(f"--max-dropped must be a share from 0 to 1, not {args.max_dropped}")
+    recipe = complete(apply_overrides(read_recipe(args.recipe), overrides), args.recipe)
+    if args.print:
+        print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
+        return
     check(recipe, swift_keys(), args.recipe)
-    train(recipe)
+    train(recipe, args.overwrite == "true", args.max_dropped)
 
 
 if __name__ == "__main__":

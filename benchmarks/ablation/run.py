@@ -1,42 +1,41 @@
-"""What each part of the recipe is worth: every arm from the same vanilla head, on as many steps, measured on
-the same answers.
+"""What each part of the recipe is worth: all arms from one vanilla head, on as many steps.
 
-An arm is the data it learns from and the recipe keys in which it differs (configs/ablation.yaml). Every arm
-is a folder
-of its own: a second call keeps what is finished, and several processes may each train some of them
-(`--arms`).
+All are measured on the same answers. An arm is the data it learns from and the recipe keys in which it
+differs (configs/ablation.yaml). Every arm is a folder of its own: a second call keeps what is finished,
+unless something that it depends on has changed, and several processes may each train some of them (`--arms`).
 
     python -m benchmarks.ablation.run --model models/smollm2 --self-data data/smollm2/train.jsonl \\
-        --source-data data/smollm2/source.jsonl --held-out data/smollm2/eval.jsonl --answers answers.jsonl --out results/ablation
+        --source-data data/smollm2/source.jsonl --held-out data/smollm2/eval.jsonl --answers answers.jsonl \\
+        --out results/ablation
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from benchmarks.ablation.table import report
+from benchmarks.ablation.table import report, tables
 from fastmtp import files
 from fastmtp.acceptance import measure_at
-from fastmtp.checkpoint import read_head
+from fastmtp.checkpoint import head_folder, read_head, save_head, weight_files
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, with_base
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.export import export
+from fastmtp.fingerprint import differences, fingerprint, machine
 from fastmtp.model import head_for, load
-from fastmtp.train import HEAD_KEYS, apply_overrides, check, train
+from fastmtp.train import check, swift_keys, train
 from fastmtp.yaml_file import read_mapping
 
 STEPS = (1, 3, 5, 7)
 VANILLA = "vanilla"
 DATA = ("source", "self")
 KEYS = ("recipe", "arms", "leave_out")
+PARTS = ("start", "run", "head", "result.json")  # what an arm's folder holds, beside ARM and its record
+ARM = "arm.json"  # what the arm's training depends on
 
 
 def read_config(path: str | Path) -> dict:
@@ -44,12 +43,16 @@ def read_config(path: str | Path) -> dict:
 
     InputError for unknown keys, an arm without `about` or with other data than `source` or `self`.
     """
-    config = {"leave_out": []} | read_mapping(path, "recipe")
+    config = {"leave_out": []} | read_mapping(files.resource(path), "list of arms")
     for key in config:
         if key not in KEYS:
             raise InputError(f"{path}: unknown key '{key}'; it holds {', '.join(KEYS)}")
+    for key in ("recipe", "arms"):
+        if not isinstance(config.get(key), dict):
+            raise InputError(f"{path}: '{key}' must be a block; see configs/ablation.yaml")
+    config["recipe"] = with_base(config["recipe"], files.resource(path))
     for name, arm in config["arms"].items():
-        if arm.get("data") not in DATA or not arm.get("about"):
+        if not isinstance(arm, dict) or arm.get("data") not in DATA or not arm.get("about"):
             raise InputError(
                 f"{path}: arm '{name}' needs `about`, a few words, and `data`, one of {', '.join(DATA)}"
             )
@@ -69,7 +72,7 @@ def resolve(config: dict, name: str, args, overrides: Sequence[str]) -> dict:
         "output_dir": str(folder / "run"),
         "model_kwargs": {**config["recipe"]["model_kwargs"], **head, "mtp_eval_data": args.held_out},
     }
-    return apply_overrides(recipe, overrides)
+    return complete(apply_overrides(recipe, overrides), f"arm '{name}'")
 
 
 def perform(name: str, recipe: dict, start: str, about: str, args, known: set[str]) -> None:
@@ -77,54 +80,82 @@ def perform(name: str, recipe: dict, start: str, about: str, args, known: set[st
 
     Leaves NAME/result.json (figures), NAME/head and NAME/run (logs, the best checkpoint).
     """
-    folder = Path(args.out) / name
-    head = read_head(start)
-    key = digest(recipe, head, recipe["dataset"])
-    done = folder / "result.json"
-    if done.exists() and files.read_json(done)["key"] == key:
-        print(f"[{name}] finished before", flush=True)
+    folder, depends = own_folder(Path(args.out) / name), depends_on(recipe, start, args)
+    if finished(folder, depends | measured_with(args), name):
         return
-    mark = folder / "key"
-    if not mark.exists() or mark.read_text() != key:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        mark.write_text(key)
+    before = files.read_json(folder / ARM) if (folder / ARM).exists() else {}
+    if before != depends:  # another training: nothing of the old one may be taken for it
+        clear(folder)
+        files.write_json(folder / ARM, depends)
     if not (folder / "start").exists():
         export(args.model, start, folder / "start")
     check(recipe, known, f"arm '{name}'")
     print(f"[{name}] {about}", flush=True)
-    last = folder / "run" / "last-checkpoint"
-    train({**recipe, "resume_from_checkpoint": str(last)} if last.exists() else recipe)
+    train(recipe)
     keep_head(folder / "run" / "best-checkpoint", folder / "head")
-    result = {"arm": name, "about": about, "key": key, "recipe": recipe, **training_facts(folder / "run")}
-    files.write_json(
-        done, result | figures(args.model, folder / "head", args.answers, args.leave_out, args.dtype)
-    )
+    facts = {"arm": name, "about": about, "recipe": recipe, **training_facts(folder / "run")}
+    measure_arm(folder, facts, depends | measured_with(args), args)
     shutil.rmtree(folder / "start")
 
 
 def given(name: str, start: str, about: str, args) -> None:
     """The arm that needs no training: a head trained before, measured like the others."""
-    folder = Path(args.out) / name
-    key = digest({}, read_head(start), [])
-    if (folder / "result.json").exists() and files.read_json(folder / "result.json")["key"] == key:
-        return
-    keep_head(start, folder / "head")
-    facts = {"arm": name, "about": about, "key": key, "recipe": None, "curve": []}
-    files.write_json(
-        folder / "result.json",
-        facts | figures(args.model, folder / "head", args.answers, args.leave_out, args.dtype),
+    folder, depends = own_folder(Path(args.out) / name), depends_on({}, start, args) | measured_with(args)
+    if not finished(folder, depends, name):
+        keep_head(start, folder / "head")
+        measure_arm(folder, {"arm": name, "about": about, "recipe": None, "curve": []}, depends, args)
+
+
+def own_folder(folder: Path) -> Path:
+    """An arm's folder, claimed for this process. InputError if it holds something that is not ours."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not files.is_ours(folder):
+        raise InputError(f"{folder}: holds other files; give another --out or move them away")
+    files.claim(folder, folder=True)
+    return folder
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier training of the arm left, and nothing else."""
+    others = (files.read_record(folder / "run.json") or {}).get("others", [])
+    for path in [folder / part for part in PARTS if part not in others]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def depends_on(recipe: dict, start: str, args) -> dict:
+    """What an arm's training depends on: the model, the head it starts from, its data, its recipe."""
+    contents = {"model": args.model, "start": weight_files(head_folder(start))}
+    settings = {key: value for key, value in recipe.items() if key not in ("model", "dataset", "output_dir")}
+    if recipe:
+        contents |= {"data": recipe["dataset"], "held out": args.held_out}
+        head = {key: value for key, value in recipe["model_kwargs"].items() if key != "mtp_eval_data"}
+        settings |= {"model_kwargs": head, "external_plugins": None}  # where the package lies is no matter
+    return fingerprint(contents, settings)
+
+
+def measured_with(args) -> dict:
+    """What an arm's figures depend on beside its training."""
+    return fingerprint(
+        {"answers": args.answers},
+        {"dtype": args.dtype, "left out": args.leave_out, "steps measured": STEPS} | machine(),
     )
 
 
-def digest(recipe: dict, head: dict[str, torch.Tensor], data: list[str]) -> str:
-    """A tag of all that decides an arm's outcome: its recipe, its start, its data."""
-    tag = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    for name in sorted(head):
-        tag.update(head[name].contiguous().view(torch.uint8).numpy().tobytes())
-    for path in data:
-        tag.update(files.sha256(path).encode())
-    return tag.hexdigest()[:16]
+def finished(folder: Path, depends: dict, name: str) -> bool:
+    """Whether the arm's result is of the same training and measurement; says so, or what has changed."""
+    if not (folder / "result.json").exists():
+        return False
+    changed = differences(files.read_json(folder / "result.json").get("fingerprint") or {}, depends)
+    print(f"[{name}] {'done again: ' + '; '.join(changed) if changed else 'finished before'}", flush=True)
+    return not changed
+
+
+def measure_arm(folder: Path, facts: dict, depends: dict, args) -> None:
+    tau = figures(args.model, folder / "head", args.answers, args.leave_out, args.dtype)
+    files.write_json(folder / "result.json", facts | {"fingerprint": depends} | tau)
+    files.write_provenance(folder, {"arm": facts["arm"], "about": facts["about"]}, found=depends)
 
 
 def keep_head(checkpoint: str | Path, out: Path) -> None:
@@ -134,7 +165,7 @@ def keep_head(checkpoint: str | Path, out: Path) -> None:
         head = {
             name: tensor.to(torch.bfloat16).contiguous() for name, tensor in read_head(checkpoint).items()
         }
-        save_file(head, folder / "model.safetensors", metadata={"format": "pt"})
+        save_head(folder, head)
         files.write_provenance(folder, {"checkpoint": str(Path(checkpoint).resolve().name)})
 
 
@@ -184,8 +215,8 @@ def parser() -> Parser:
         "python -m benchmarks.ablation.run",
         "Train every arm of an ablation and print the table. Further flags override recipe keys of all arms.",
         "python -m benchmarks.ablation.run --model models/smollm2 --self-data data/smollm2/train.jsonl \\\n"
-        "    --source-data data/smollm2/source.jsonl --held-out data/smollm2/eval.jsonl --answers answers.jsonl \\\n"
-        "    --out results/ablation --arms vanilla,self,exact --max_steps 400",
+        "    --source-data data/smollm2/source.jsonl --held-out data/smollm2/eval.jsonl \\\n"
+        "    --answers answers.jsonl --out results/ablation --arms vanilla,self,exact --max_steps 400",
     )
     p.add_argument(
         "--config", default="configs/ablation.yaml", help="arms and their common recipe (default %(default)s)"
@@ -218,11 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--arms: no arm '{name}' in {args.config}; it has {', '.join(config['arms'])}")
     for path in (args.self_data, args.source_data, args.held_out, args.answers):
         files.existing(path)
+    for path in tables(Path(args.out)):
+        files.check_output(path)
     read_head(args.model)
-    logging.disable(logging.INFO)  # ms-swift logs a line when it is imported
-    from fastmtp.swift_plugin import swift_keys
-
-    logging.disable(logging.NOTSET)
     known = swift_keys()
     start = Path(args.out) / VANILLA / "head"
     if args.vanilla:

@@ -28,11 +28,20 @@ def report(out: Path, names: list[str]) -> str:
         }
         for result in results
     }
-    files.write_json(out / "table.json", table)
     text = markdown(table)
+    for path in tables(out):
+        files.claim(path)
     with files.atomic(out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
+    files.write_json(out / "table.json", table)
+    for path in tables(out):
+        files.write_provenance(path, {"arms": list(table)})
     return text
+
+
+def tables(out: Path) -> list[Path]:
+    """The files that `report` writes."""
+    return [out / "table.json", out / "table.md"]
 
 
 def parts(result: dict, steps: str) -> dict[str, Acceptance]:
@@ -91,7 +100,7 @@ def markdown(table: dict) -> str:
     lines = [
         "# Ablation",
         "",
-        "tau: output tokens per verify pass, pooled over all answers, with 95 % bootstrap intervals over answers.",
+        "tau: output tokens per verify pass, pooled over all answers; 95 % bootstrap intervals over answers.",
         "",
     ]
     rows = []

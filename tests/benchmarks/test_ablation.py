@@ -1,4 +1,4 @@
-"""Arms resolve to complete recipes that differ where they say; the table's numbers are those of the counts."""
+"""Arms resolve to complete recipes that differ where they say; the table is that of the counts."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.ablation import run as ablation
-from benchmarks.ablation.run import digest, keep_head, main, read_config, resolve, training_facts
+from benchmarks.ablation.run import depends_on, keep_head, main, read_config, resolve, training_facts
 from benchmarks.ablation.table import report
-from fastmtp.checkpoint import read_head
+from fastmtp.checkpoint import read_head, save_head
 from fastmtp.cli import InputError
 from fastmtp.train import check
 
@@ -79,7 +79,7 @@ def training(monkeypatch):
         out = Path(recipe["output_dir"])
         head = {name: tensor + 0.1 for name, tensor in read_head(recipe["model"]).items()}
         (out / "best-checkpoint").mkdir(parents=True)
-        ablation.save_file(head, out / "best-checkpoint" / "model.safetensors")
+        save_head(out / "best-checkpoint", head)
         rows = [
             {"global_step/max_steps": "2/4", "loss": 1.0},
             {"global_step/max_steps": "2/4", "eval_tau": 1.5, "eval_rate_1": 0.4},
@@ -94,6 +94,7 @@ def training(monkeypatch):
 
     monkeypatch.setattr(ablation, "train", fake)
     monkeypatch.setattr(ablation, "check", lambda *_: None)
+    monkeypatch.setattr(ablation, "swift_keys", set)
     return calls
 
 
@@ -106,7 +107,6 @@ def words(args, *more):
 
 
 def test_arms_start_from_vanilla_and_are_kept(training, base_folder, tmp_path, monkeypatch):
-    pytest.importorskip("swift")
     args = arguments(base_folder, tmp_path)
     counted = {
         "tau": {
@@ -128,6 +128,9 @@ def test_arms_start_from_vanilla_and_are_kept(training, base_folder, tmp_path, m
     assert len(training) == 2, "finished arms were trained again"
     main(words(args, "--arms", "self", "--max_steps", "5"))
     assert len(training) == 3, "another recipe was taken for the same"
+    Path(args.self_data).write_text('{"other": 1}\n')
+    main(words(args, "--arms", "self", "--max_steps", "5"))
+    assert len(training) == 4, "other data was taken for the same"
     table = json.loads((out / "table.json").read_text())
     assert list(table) == ["vanilla", "self"] and table["vanilla"]["at"]["3"]["tau"] == {
         "mt_bench": 1.6,
@@ -136,7 +139,6 @@ def test_arms_start_from_vanilla_and_are_kept(training, base_folder, tmp_path, m
 
 
 def test_wrong_use(base_folder, tmp_path, training):
-    pytest.importorskip("swift")
     args = arguments(base_folder, tmp_path)
     with pytest.raises(InputError, match="no arm 'none'"):
         main(words(args, "--arms", "none"))
@@ -147,16 +149,60 @@ def test_wrong_use(base_folder, tmp_path, training):
         main(words(args, "--config", str(tmp_path / "bad.yaml")))
 
 
-def test_the_digest_tells_recipes_heads_and_data_apart(base_folder, tmp_path):
-    head, data = read_head(base_folder), tmp_path / "x"
+def test_figures_are_measured_again_for_other_answers_without_another_training(
+    training, base_folder, tmp_path, monkeypatch, capsys
+):
+    args, measured = arguments(base_folder, tmp_path), []
+    monkeypatch.setattr(ablation, "figures", lambda *given: measured.append(given) or {"tau": {}})
+    monkeypatch.setattr(ablation, "report", lambda *_: "")
+    main(words(args, "--arms", "vanilla"))
+    arm = Path(args.out) / "vanilla"
+    before = (arm / "head" / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "answers.jsonl").write_text('{"other": 1}\n')
+    monkeypatch.setattr(ablation, "train", lambda recipe: training.append(recipe))  # finished: keeps its run
+    main(words(args, "--arms", "vanilla"))
+    assert len(measured) == 2 and "answers: other content" in capsys.readouterr().out
+    assert (arm / "run" / "logging.jsonl").exists() and (arm / "head" / "model.safetensors").exists()
+    assert before <= (arm / "head" / "model.safetensors").stat().st_mtime_ns
+
+
+def test_a_folder_of_others_is_refused_and_stays(training, base_folder, tmp_path):
+    """A folder with the name of an arm is the user's until our record says otherwise."""
+    args = arguments(base_folder, tmp_path)
+    notes = Path(args.out) / "vanilla" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(InputError, match="vanilla: holds other files"):
+        main(words(args, "--arms", "vanilla"))
+    assert notes.read_text() == "mine" and not training
+
+
+def test_a_file_put_into_an_arm_later_outlives_another_training(training, base_folder, tmp_path, monkeypatch):
+    args = arguments(base_folder, tmp_path)
+    monkeypatch.setattr(ablation, "figures", lambda *_: {"tau": {}})
+    monkeypatch.setattr(ablation, "report", lambda *_: "")
+    main(words(args, "--arms", "vanilla"))
+    notes = Path(args.out) / "vanilla" / "notes.txt"
+    notes.write_text("mine")
+    main(words(args, "--arms", "vanilla", "--max_steps", "7"))
+    assert len(training) == 2 and notes.read_text() == "mine"
+
+
+def test_what_a_training_depends_on(base_folder, tmp_path):
+    """The recipe, the start head and the data by content; names and places of files do not matter."""
+    args = arguments(base_folder, tmp_path)
+    data, head = tmp_path / "x", tmp_path / "head"
     data.write_text("1")
-    first = digest({"a": 1}, head, [str(data)])
-    assert (
-        first == digest({"a": 1}, read_head(base_folder), [str(data)]) != digest({"a": 2}, head, [str(data)])
-    )
-    moved = {name: tensor + 1 for name, tensor in head.items()}
+    recipe = {"dataset": [str(data)], "model_kwargs": {"mtp_num_steps": 1}, "output_dir": "a"}
+    keep_head(base_folder, head)
+    first = depends_on(recipe, head, args)
+    copy = tmp_path / "copy"
+    copy.write_text("1")
+    assert depends_on(recipe | {"dataset": [str(copy)], "output_dir": "b"}, head, args) == first
+    assert depends_on(recipe | {"learning_rate": 1}, head, args) != first
+    assert depends_on(recipe, base_folder, args) != first
     data.write_text("2")
-    assert len({first, digest({"a": 1}, moved, [str(data)]), digest({"a": 1}, head, [str(data)])}) == 3
+    assert depends_on(recipe, head, args) != first
 
 
 def test_kept_heads_are_bfloat16(base_folder, tmp_path):

@@ -1,8 +1,17 @@
 """Chats to ids and masks: what the template says, exactly the answers, and never the same tokens twice."""
 
 import pytest
+from helpers.tiny import CHATML
 
-from fastmtp.chat import IGNORE, answer_ids, encode_chat, prompt_ids
+from fastmtp.chat import (
+    IGNORE,
+    TemplateError,
+    answer_ids,
+    check_shown,
+    encode_chat,
+    encode_turns,
+    prompt_ids,
+)
 from fastmtp.cli import InputError
 from fastmtp.curate import training_row
 
@@ -90,16 +99,112 @@ def test_trailing_user_turns_are_left_out(tokenizer):
     )
 
 
-def test_no_answer_and_a_template_that_rewrites_are_refused(tokenizer):
+def test_no_answer_is_refused(tokenizer):
     with pytest.raises(InputError, match="no assistant"):
         encode_chat(tokenizer, SINGLE[:1])
-    template = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = "{{ messages | length }}" + template
-        with pytest.raises(InputError, match="rewrites earlier turns"):
-            encode_chat(tokenizer, MULTI)
-    finally:
+
+
+TRIMS = CHATML.replace(
+    "m['content'] +", "(m['content'] if loop.last else m['content'][:8]) +"
+)  # earlier turns
+OPENS = CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
+ONE_USER = (
+    "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{{ '<|im_start|>user\\n' + users[-1]['content'] + '<|im_end|>\\n' }}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CALLS = CHATML.replace(
+    "m['content'] +", "(m['content'] or '') + (m['tool_calls'] | tojson if m['tool_calls'] else '') +"
+)
+
+
+@pytest.fixture
+def templated(tokenizer):
+    """The tokenizer with another template, as a function; its own comes back at the end."""
+    own = tokenizer.chat_template
+
+    def change(template: str):
         tokenizer.chat_template = template
+        return tokenizer
+
+    yield change
+    tokenizer.chat_template = own
+
+
+@pytest.mark.parametrize("template", [TRIMS, "{{ messages | length }}" + CHATML], ids=["trims", "counts"])
+def test_a_template_that_rewrites_earlier_turns_gives_a_sequence_per_answer(templated, template):
+    """Each answer follows the prompt that an engine would build: the history as the template rewrites it."""
+    tokenizer = templated(template)
+    sequences = encode_turns(tokenizer, MULTI)
+    assert len(sequences) == 2 and encode_chat(tokenizer, MULTI) == sequences[-1]
+    for (ids, labels), turn in zip(sequences, (2, 4), strict=True):
+        prompt = prompt_ids(tokenizer, MULTI[:turn])
+        assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == [IGNORE] * len(prompt)
+        assert ids[len(prompt) :] == labels[len(prompt) :] == answer_ids(tokenizer, MULTI[turn])
+
+
+def test_a_turn_that_is_not_learnt_has_no_sequence_of_its_own(templated):
+    tokenizer = templated(TRIMS)
+    messages = [m | {"loss": False} if n == 2 else m for n, m in enumerate(MULTI)]
+    assert encode_turns(tokenizer, messages) == encode_turns(tokenizer, MULTI)[1:]
+
+
+def test_null_loss_says_nothing(tokenizer):
+    null, learnt = (encode_chat(tokenizer, [SINGLE[0], SINGLE[1] | {"loss": x}]) for x in (None, True))
+    assert null == learnt == encode_chat(tokenizer, SINGLE)
+
+
+def test_a_tag_that_the_generation_prompt_opens_is_not_written_twice(templated):
+    tokenizer = templated(OPENS)
+    answer = {"role": "assistant", "content": "<think>\nhm\n</think>\nfour"}
+    text = tokenizer.decode(encode_chat(tokenizer, [SINGLE[0], answer])[0])
+    assert text.endswith("assistant\n<think>\nhm\n</think>\nfour<|im_end|>") and text.count("<think>") == 1
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+def test_tool_calls_are_learnt_as_the_template_writes_them(templated):
+    tokenizer = templated(CALLS)
+    messages = [SINGLE[0], CALL | {"content": ""}, {"role": "tool", "content": "4"}, SINGLE[1]]
+    check_shown(tokenizer, messages)
+    ids, labels = encode_chat(tokenizer, messages)
+    calls, text = (tokenizer.decode(run) for run in spans(labels))
+    assert (
+        calls.startswith('[{"function": {') and calls.endswith("}]<|im_end|>") and text.startswith("two plus")
+    )
+    assert "<|im_start|>tool\n4<|im_end|>" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "reason"),
+    [
+        (
+            [{"role": "tool", "content": "two"}, SINGLE[1]],
+            CHATML.replace("% for m in messages %", "% for m in messages if m['role'] != 'tool' %"),
+            "'tool' turn",
+        ),
+        ([*SINGLE[:1], SINGLE[0], SINGLE[1]], ONE_USER, "'user' turn"),
+        (
+            MULTI[:3],
+            CHATML.replace("% for m in messages %", "% for m in messages if m['role'] != 'system' %"),
+            "'system' turn",
+        ),
+        ([SINGLE[0], CALL | {"content": "x"}], CHATML, "'tool_calls'"),
+        ([SINGLE[0], SINGLE[1] | {"reasoning_content": "hm"}], CHATML, "'reasoning_content'"),
+        ([SINGLE[0], CALL], CHATML, "refuses this chat"),
+        (MULTI, "{{ raise_exception('no system here') }}", "no system here"),
+    ],
+)
+def test_what_the_template_does_not_show_is_said(templated, messages, template, reason):
+    with pytest.raises(TemplateError, match=reason):
+        check_shown(templated(template), messages)
+
+
+def test_tools_that_the_template_leaves_out(tokenizer):
+    with pytest.raises(TemplateError, match="the tools"):
+        check_shown(tokenizer, SINGLE, [{"type": "function", "function": {"name": "f", "parameters": {}}}])
 
 
 def test_answer_ids_end_with_the_end_token(tokenizer):

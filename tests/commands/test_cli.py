@@ -124,6 +124,13 @@ MEASURING = "--model model --data samples.jsonl --out out.json"
         ("train", "recipe.yaml --model none", ["none"]),
         ("train", "recipe.yaml --dataset none.jsonl", ["none.jsonl"]),
         ("train", "recipe.yaml --learning_rate", ["--learning_rate has no value"]),
+        ("train", "recipe.yaml --learning_rate 0", ["learning_rate must be above 0"]),
+        ("train", "recipe.yaml --max_steps 0", ["max_steps", "at least 1"]),
+        ("train", "recipe.yaml --num_train_epochs 0", ["num_train_epochs must be above 0"]),
+        ("train", "recipe.yaml --trainable_parameters lm_head", ["trainable_parameters must be"]),
+        ("train", "recipe.yaml --streaming true", ["streaming", "not supported"]),
+        ("train", "recipe.yaml --save_strategy no", ["save_strategy", "keep nothing"]),
+        ("train", "recipe.yaml --max-dropped 3", ["--max-dropped", "from 0 to 1"]),
         ("train", "recipe.yaml 5", ["'5'"]),
     ],
 )

@@ -1,14 +1,16 @@
 """Real `swift sft` runs on the quickstart's recipe, a tiny model and a few chats: what a training run must
 keep to.
 
-Each call costs a start of ms-swift (ten seconds or more on two cores), so the module makes five runs in all.
+Each call costs a start of ms-swift (ten seconds or more on two cores), so the runs are few and shared.
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,9 +32,12 @@ FLOAT32 = {"torch_dtype": "float32", "bf16": "false", "fp16": "false"}
 
 
 def sft(
-    work: Path, name: str, environment: dict[str, str] | None = None, **overrides
-) -> subprocess.CompletedProcess:
-    """`python -m fastmtp.train configs/quickstart.yaml` on the tiny model and data of `work`, into work/name."""
+    work: Path, name: str, environment: dict[str, str] | None = None, start: bool = False, **overrides
+) -> subprocess.CompletedProcess | subprocess.Popen:
+    """`python -m fastmtp.train configs/quickstart.yaml` on the tiny model and data of `work`, into work/name.
+
+    Waits for its end, or only starts it.
+    """
     settings = {
         "model": work / "model",
         "dataset": work / "train.jsonl",
@@ -49,15 +54,12 @@ def sft(
         **overrides,
     }
     flags = [part for key, value in settings.items() for part in (f"--{key}", *str(value).split(" "))]
-    return subprocess.run(
-        [sys.executable, "-m", "fastmtp.train", "configs/quickstart.yaml", *flags],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "fastmtp.train", "configs/quickstart.yaml", *flags]
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(environment or {})}
+    common = dict(cwd=REPOSITORY, env={**os.environ, **environment}, text=True)
+    if start:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **common)
+    return subprocess.run(command, capture_output=True, check=False, timeout=300, **common)
 
 
 def succeeded(result: subprocess.CompletedProcess) -> None:
@@ -207,17 +209,88 @@ def test_packed_is_padded(work):
 
 
 def test_the_recipe_as_it_stands_in_bfloat16(work):
-    """bf16 backbone, float32 head: two steps, all tensors move, also the norms, which bf16 would round away."""
+    """bf16 backbone, float32 head: in two steps all tensors move, the norms too, which bf16 would round."""
     succeeded(sft(work, "bf16", max_steps=2, learning_rate="1e-4"))
     head, base = weights(work / "bf16" / "checkpoint-2"), weights(work / "model")
     assert head.keys() == HEAD_TENSORS and all(tensor.dtype == torch.float32 for tensor in head.values())
     assert [name for name in head if torch.equal(head[name], base[name].to(torch.bfloat16).float())] == []
 
 
-def test_a_recipe_that_would_train_something_else_stops_before_the_first_step(work):
-    result = sft(work, "wrong", **FLOAT32, trainable_parameters="model.mtp_layers lm_head")
-    assert result.returncode == 1
-    assert "trainable set must be exactly" in result.stdout + result.stderr and "lm_head" in result.stderr
-    assert not list((work / "wrong").glob("**/checkpoint-*"))
-    log = work / "wrong" / "logging.jsonl"
-    assert not log.exists() or "mtp_loss_1" not in log.read_text()
+def test_accumulated_is_whole(work, whole):
+    """Four rows one after the other are one step of four: same head, up to rounding."""
+    batches = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    succeeded(sft(work, "accumulated", **FLOAT32, **batches))
+    base, folder = weights(work / "model"), f"checkpoint-{STEPS}"
+    expected, head = weights(whole / folder), weights(work / "accumulated" / folder)
+    for name in expected:
+        moved = (expected[name] - base[name]).norm()
+        assert (head[name] - expected[name]).norm() < 0.01 * moved, f"{name}: moved elsewhere"
+    assert logged_taus(work / "accumulated") == pytest.approx(logged_taus(whole), abs=1e-3)
+
+
+def test_the_best_checkpoint_outlives_rotation(work):
+    """A learning rate that ruins the head: the first checkpoint is the best, and later ones push it out."""
+    succeeded(sft(work, "ruined", **FLOAT32, learning_rate=1.0, save_steps=1, save_total_limit=1))
+    taus = logged_taus(work / "ruined")
+    best = max(taus, key=lambda step: (taus[step], -step))
+    assert best < STEPS, "the run does not test what it should: its last checkpoint is the best"
+    assert os.readlink(work / "ruined" / "best-checkpoint") == f"checkpoint-{best}"
+    assert read_head(work / "ruined" / "best-checkpoint").keys() == HEAD_TENSORS
+    assert sorted(p.name for p in (work / "ruined").glob("checkpoint-*")) == sorted(
+        {f"checkpoint-{best}", f"checkpoint-{STEPS}"}
+    )
+
+
+LONG, OFTEN = 60, 5
+
+
+def started(work: Path, until: str) -> subprocess.Popen:
+    """A long run into work/"stopped", as far as its checkpoint `until`."""
+    process = sft(
+        work, "stopped", start=True, **FLOAT32, max_steps=LONG, save_steps=OFTEN, save_total_limit=99
+    )
+    for _ in range(1200):
+        if (work / "stopped" / until / "trainer_state.json").exists():
+            return process
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.1)
+    raise AssertionError(f"no {until} after two minutes")
+
+
+def test_a_run_killed_and_interrupted_ends_with_the_same_steps(work):
+    """SIGKILL leaves nothing behind that trains on; after Ctrl-C the same command continues, as it says."""
+    process = started(work, f"checkpoint-{OFTEN}")
+    process.kill()
+    process.communicate()
+    process = started(work, f"checkpoint-{4 * OFTEN}")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "continued from step" in out
+    assert "interrupted; the same command continues from" in err.splitlines()[-1]
+    settings = dict(**FLOAT32, max_steps=LONG, save_steps=OFTEN, save_total_limit=99)
+    result = sft(work, "stopped", **settings)
+    succeeded(result)
+    assert "continued from step" in result.stdout
+    log = [json.loads(line) for line in (work / "stopped" / "logging.jsonl").read_text().splitlines()]
+    steps = [int(row["global_step/max_steps"].split("/")[0]) for row in log if "mtp_loss_1" in row]
+    assert steps == list(range(1, LONG + 1))
+    before = (work / "stopped" / f"checkpoint-{LONG}" / "model.safetensors").stat().st_mtime_ns
+    result = sft(work, "stopped", **settings)
+    succeeded(result)
+    assert "finished (60 steps); 0 steps done now" in result.stdout
+    assert (work / "stopped" / f"checkpoint-{LONG}" / "model.safetensors").stat().st_mtime_ns == before
+    result = sft(work, "stopped", **settings, learning_rate="1e-5", mtp_num_steps=5)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "learning_rate: 0.001 -> 1e-05; mtp_num_steps: 3 -> 5" in result.stderr
+
+
+def test_a_trainable_set_that_is_not_the_head_stops_the_run(base_folder):
+    from fastmtp.swift_plugin import check_trainable
+
+    net = load(base_folder).net
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(PREFIX))
+    check_trainable(net)
+    net.lm_head.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="must be exactly.*lm_head"):
+        check_trainable(net)
