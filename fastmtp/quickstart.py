@@ -168,13 +168,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
 
 
-def resume_flags(stage: Stage) -> list[str]:
-    """What continues this stage where an interrupted run left it; most commands do so by themselves."""
-    if stage.module == "train" and (Path(stage.makes) / "last-checkpoint").exists():
-        return ["--resume_from_checkpoint", f"{stage.makes}/last-checkpoint"]
-    return []
-
-
 def read_log(record: Path) -> dict:
     """What earlier runs did, by stage; what another version wrote in another form counts as nothing done."""
     log = files.read_json(record) if record.exists() else {}
@@ -216,7 +209,7 @@ def perform(stage: Stage, facts: dict[str, object], log: dict, record: Path) -> 
     before, sys.argv = sys.argv, [str(Path(__file__).with_name(f"{stage.module}.py")), *stage.arguments]
     done = False
     try:
-        importlib.import_module(f"fastmtp.{stage.module}").main([*stage.arguments, *resume_flags(stage)])
+        importlib.import_module(f"fastmtp.{stage.module}").main(list(stage.arguments))
         done = True
     finally:
         sys.argv = before
