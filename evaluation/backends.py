@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from dataclasses import dataclass
 
 import aiohttp
 
-from fastmtp import decoding
+from fastmtp import model, speculative
+from fastmtp.engines import client
 from fastmtp.vocab.token_map import load_token_map
 
 
@@ -46,7 +48,7 @@ class Turn:
 
 
 NEVER = 1 << 20  # tokens between two streamed chunks
-KEPT = (
+SHOWN = (
     "dtype",
     "attention_backend",
     "sampling_backend",
@@ -63,42 +65,50 @@ KEPT = (
     "speculative_token_map",
     "speculative_draft_attention_backend",
 )
+# What a server says of itself that is not how it computes: names, places, keys, and what changes by itself.
+NOT_SETTINGS = re.compile(
+    r"host|port|.*_port|.*_path|.*_dir|.*_key|.*_file|.*_name|.*_url|.*addr|base_gpu_id|version|status|.*pid"
+    r"|log_.*|.*_log.*|.*metrics.*|.*trace.*|crash.*|random_seed|max_total_num_tokens|max_req_input_len|uptime.*"
+    r"|watchdog_.*|show_.*|.*warmups?|speculative_token_map|.*gpu_mem.*|.*_time|.*throughput"
+)
 
 
 class Server:
     """`async with Server("http://127.0.0.1:30000") as server:`; every failure is one BackendError."""
 
-    def __init__(self, url: str, timeout: float = 600.0):
-        self.url = url.rstrip("/")
-        self.timeout = aiohttp.ClientTimeout(total=timeout)
+    def __init__(self, url: str, timeout: float = 600.0, key: str | None = None):
+        self.url, self.timeout, self.key = url.rstrip("/"), timeout, key
 
     async def __aenter__(self) -> Server:
         # One line of a stream holds a whole answer, so the line buffer must be larger than aiohttp's 64 kB.
-        self.session = aiohttp.ClientSession(
-            timeout=self.timeout, read_bufsize=1 << 24, connector=aiohttp.TCPConnector(limit=0)
-        )
+        self.session = client.session(self.timeout, self.key, line=1 << 24)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.session.close()
 
     async def info(self) -> dict:
-        """`{"model", "tokenizer", "version", "settings": {...}}` as the server says them."""
+        """`{"model", "tokenizer", "version", "token_map", "settings", "all_settings"}` as the server says.
+        `settings` are those worth showing.
+        """
         model = await self._json("/model_info")
         server = await self._json("/server_info")
+        simple = {k: v for k, v in server.items() if isinstance(v, (bool, int, float, str))}
+        if not isinstance(model.get("model_path"), str):
+            raise BackendError(f"{self.url}/model_info: no model_path; is this an SGLang server?")
         return {
-            "model": model.get("model_path"),
-            "tokenizer": model.get("tokenizer_path") or model.get("model_path"),
+            "model": model["model_path"],
+            "tokenizer": model.get("tokenizer_path") or model["model_path"],
             "version": server.get("version"),
-            "settings": {name: server[name] for name in KEPT if name in server},
+            "token_map": server.get("speculative_token_map"),
+            "settings": {name: server[name] for name in SHOWN if name in server},
+            "all_settings": {k: v for k, v in simple.items() if v and not NOT_SETTINGS.fullmatch(k)},
         }
 
     async def flush(self) -> None:
         """Empty the prefix cache, so that no arm profits from another's prompts."""
-        async with self._asking("/flush_cache"):
-            async with self.session.post(self.url + "/flush_cache", params={"timeout": "30"}) as reply:
-                if reply.status != 200:
-                    raise BackendError(f"{self.url}/flush_cache: HTTP {reply.status}: {await _start(reply)}")
+        async with self._post("/flush_cache?timeout=30"):
+            pass
 
     async def ask(
         self,
@@ -126,30 +136,33 @@ class Server:
         body = {"input_ids": prompt_ids, "sampling_params": sampling, "stream": True}
         started, clock = time.time(), time.perf_counter()
         first_s, first_tokens, last = None, 0, None
-        async with self._asking("/generate"):
-            async with self.session.post(self.url + "/generate", json=body) as reply:
-                if reply.status != 200:
-                    raise BackendError(f"{self.url}/generate: HTTP {reply.status}: {await _start(reply)}")
-                async for line in reply.content:
-                    if not line.startswith(b"data:"):
-                        continue
-                    data = line[5:].strip()
-                    if data == b"[DONE]":
-                        break
-                    last = _chunk(data, self.url)
-                    if first_s is None:
-                        first_s = time.perf_counter() - clock
-                        first_tokens = last["meta_info"]["completion_tokens"]
-                    latency_s = time.perf_counter() - clock
+        async with self._post("/generate", body) as reply:
+            async for line in reply.content:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    break
+                last = _chunk(data, self.url)
+                if first_s is None:
+                    first_s = time.perf_counter() - clock
+                    first_tokens = last["meta_info"]["completion_tokens"]
+                latency_s = time.perf_counter() - clock
         if last is None:
             raise BackendError(f"{self.url}/generate: the answer had no content; see the server's log")
         return _turn(last, self.url, first_tokens, first_s, latency_s, started)
 
     async def post(self, path: str, body: dict) -> None:
-        async with self._asking(path):
-            async with self.session.post(self.url + path, json=body) as reply:
-                if reply.status != 200:
-                    raise BackendError(f"{self.url}{path}: HTTP {reply.status}: {await _start(reply)}")
+        async with self._post(path, body):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def _post(self, path: str, body: dict | None = None):
+        """The reply to a POST; BackendError unless its status is 200."""
+        async with self._asking(path), await client.post(self.session, self.url + path, body) as reply:
+            if reply.status != 200:
+                raise BackendError(f"{self.url}{path}: HTTP {reply.status}: {await _start(reply)}")
+            yield reply
 
     async def _json(self, path: str) -> dict:
         async with self._asking(path):
@@ -167,9 +180,8 @@ class Server:
         try:
             yield
         except TimeoutError:
-            limit = self.timeout.total
             raise BackendError(
-                f"{self.url}{path}: no answer within {limit:g} s; see the server's log"
+                f"{self.url}{path}: no answer within {self.timeout:g} s; see the server's log"
             ) from None
         except json.JSONDecodeError:
             raise BackendError(f"{self.url}{path}: the body is not JSON; is this an SGLang server?") from None
@@ -216,18 +228,28 @@ def _turn(last: dict, url: str, first_tokens: int, first_s: float, latency_s: fl
             f"{url}/generate: {found} output_ids for {meta['completion_tokens']} tokens; "
             "start the server without --incremental-streaming-output"
         )
+    passes = meta.get("spec_verify_ct")
     return Turn(
         output_ids=ids,
-        text=last.get("text") or "",
+        text=str(last.get("text") or "").encode("utf-8", "replace").decode(),  # no half characters
         prompt_tokens=meta.get("prompt_tokens", 0),
-        verify_passes=meta.get("spec_verify_ct"),
-        histogram=list(meta.get("spec_correct_drafts_histogram") or []),
+        verify_passes=passes if type(passes) is int else None,
+        histogram=_histogram(meta),
         first_tokens=first_tokens,
         first_s=first_s,
         latency_s=latency_s,
         started=started,
         finish=str(finish.get("type")),
     )
+
+
+def _histogram(meta: dict) -> list[int]:
+    """Verify passes by number of accepted drafts, under its present or its older name; [] if it is absent."""
+    for name in ("spec_correct_drafts_histogram", "spec_accept_histogram"):
+        counts = meta.get(name)
+        if isinstance(counts, list) and counts and all(type(n) is int and n >= 0 for n in counts):
+            return counts
+    return []
 
 
 class Reference:
@@ -238,7 +260,7 @@ class Reference:
         self.num_steps, self.token_map = num_steps, token_map
 
     async def __aenter__(self) -> Reference:
-        self.model = decoding.load(self.model_folder, dtype=self.dtype, device=self.device)
+        self.model = model.load(self.model_folder, dtype=self.dtype, device=self.device)
         self.map = load_token_map(self.token_map, self.model.net.vocab_size) if self.token_map else None
         return self
 
@@ -251,6 +273,7 @@ class Reference:
             "model": self.model_folder,
             "tokenizer": self.model_folder,
             "version": None,
+            "token_map": self.token_map,
             "settings": settings,
         }
 
@@ -261,7 +284,7 @@ class Reference:
         self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> Turn:
         started, clock = time.time(), time.perf_counter()
-        found = decoding.generate(
+        found = speculative.generate(
             self.model,
             prompt_ids,
             max_new_tokens,

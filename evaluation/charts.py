@@ -106,6 +106,8 @@ def acceptance(report: dict, arms: list[str]):
     for number, members in enumerate(_families(report, arms).values()):
         _, name = members[-1]
         rates = report["position_rates"][name]
+        if not rates:  # the engine did not say
+            continue
         axes.plot(range(1, len(rates) + 1), rates, **style(number), label=name)
     axes.set_ylim(0, 1)
     axes.set_xlabel("draft position")
@@ -143,7 +145,12 @@ def draw_folder(folder: str | Path) -> list[Path]:
     path = folder / "table.json"
     if not path.exists():
         raise InputError(f"{folder}: no table.json; give the --out of evaluation.run")
-    draw(read_json(path), folder)
+    report = read_json(path)
+    try:
+        draw(report, folder)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a table that this project wrote ({reason})") from None
     return sorted(folder.glob("*.png"))
 
 

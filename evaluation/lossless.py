@@ -1,30 +1,34 @@
 """Is speculative text the model's own text? Greedy outputs of every arm against plain decoding, token by
 token.
 
-    python -m evaluation.lossless --model models/NAME --arms baseline,fastmtp:3 --tasks math_500 --backend reference --out results/lossless
+    python -m evaluation.lossless --model models/NAME --arms baseline,fastmtp:3 --tasks math_500 \\
+        --backend reference --out results/lossless
 
 In float32 every output must be identical. In bfloat16 verifying and decoding round differently, so texts part
-after a while; then the first differing token of each question is judged by the backbone in float32: where
-both tokens are within `--tolerance` of its top logit, rounding chose; where one is further away, a token was
-wrong. Exit code 1 for that. Answers already in the folder (say of evaluation.run) are judged as they are.
+after a while; then the first differing token of each question is judged by the backbone in float32: if both
+tokens are within `--tolerance` of its top logit, rounding chose; if one is further away, a token was wrong.
+Exit code 1 for that, and if there was nothing to compare. Answers already in the folder (say of
+evaluation.run) are judged as they are.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from evaluation import harness
-from evaluation.plan import Arm, Plan, add_arguments
-from evaluation.questions import Task, question_keys
-from evaluation.run import ask_or_exit
-from fastmtp.chat import prompt_ids
+from evaluation import metrics
+from evaluation.asking import Prompts
+from evaluation.plan import Plan, add_arguments
+from evaluation.questions import question_keys
+from evaluation.run import Result, ask_or_exit, finish
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.engines.sglang import split_flags
-from fastmtp.files import write_json, write_provenance
+from fastmtp.engines.sglang_flags import split_flags
+from fastmtp.files import write_json
+
+NOTHING = "NOTHING TO COMPARE"
 
 
 class Backbone:
@@ -35,7 +39,7 @@ class Backbone:
     def __init__(self, folder: str, device: str):
         from transformers import AutoModelForCausalLM, logging
 
-        logging.set_verbosity_error()  # it would list the MTP head's tensors, which plain decoding rightly leaves out
+        logging.set_verbosity_error()  # it would list the MTP head's tensors, which plain decoding leaves out
         import fastmtp.head.modeling_mimo  # noqa: F401  (registers the released checkpoints' model type)
 
         self.net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
@@ -88,36 +92,36 @@ def judge(
 
 def compare(
     backbone: Backbone,
-    tokenizer,
-    task: Task,
+    prompts: Prompts,
     questions: list[list[str]],
     plain: list[dict],
     drafted: list[dict],
     tolerance: float,
 ) -> list[dict]:
     """First difference of every question whose outputs differ, in the first turn where they do."""
-    keys = question_keys(task, questions)
-    user_turns = dict(zip(keys, questions, strict=True))
+    task = prompts.task
+    user_turns = dict(zip(question_keys(task, questions), questions, strict=True))
     expected = {row["question"]: row["turns"] for row in plain}
-    found = []
+    differences = []
     for row in tqdm(drafted, desc=f"compare {task.name}", unit="q", disable=None, leave=False):
         ours, theirs = row["turns"], expected[row["question"]]
         for number in range(len(ours)):
             if ours[number]["output_ids"] == theirs[number]["output_ids"]:
                 continue
             user = user_turns[row["question"]][: number + 1]
-            messages = harness.chat_messages(task, user, [turn["text"] for turn in ours[:number]])
-            ids = prompt_ids(tokenizer, messages)
+            ids = prompts.ids(user, [turn["text"] for turn in ours[:number]])
             verdict = judge(
                 backbone, ids, theirs[number]["output_ids"], ours[number]["output_ids"], tolerance
             )
-            found.append({"task": task.name, "question": row["question"], "turn": number + 1} | verdict)
+            differences.append({"task": task.name, "question": row["question"], "turn": number + 1} | verdict)
             break  # the next turn's prompt is another one
-    return found
+    return differences
 
 
-def verdict_of(differences: list[dict], dtype: str) -> str:
-    """`lossless`, `rounding` or `NOT LOSSLESS`."""
+def verdict_of(differences: list[dict], dtype: str, questions: int) -> str:
+    """`lossless`, `rounding`, `NOT LOSSLESS`, or `NOTHING TO COMPARE` if no question has an answer."""
+    if not questions:
+        return NOTHING
     if not differences:
         return "lossless"
     if dtype == "float32" or not all(d["rounding"] for d in differences):
@@ -129,8 +133,8 @@ def parser() -> Parser:
     p = Parser(
         "python -m evaluation.lossless",
         "Compare every arm's greedy outputs with plain decoding's; exit code 1 if a token is wrong.",
-        "python -m evaluation.lossless --model models/smollm2-fastmtp --arms baseline,fastmtp:3 --tasks math_500,nq_qa"
-        " --num-questions 20 --backend reference --out results/lossless",
+        "python -m evaluation.lossless --model models/smollm2-fastmtp --arms baseline,fastmtp:3"
+        " --tasks math_500,nq_qa --num-questions 20 --backend reference --out results/lossless",
     )
     add_arguments(p)
     p.add_argument(
@@ -144,45 +148,50 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(ours)
     if args.temperature != 0:
         raise InputError("--temperature: sampled outputs differ by design; losslessness is checked at 0")
+    check_tolerance(args.tolerance)
     plan = Plan(args, sglang_flags)
     if plan.arms[0].name != "baseline" or len(plan.arms) < 2:
         raise InputError(
             "--arms: name the baseline and at least one drafting arm, for example baseline,fastmtp:3"
         )
-    found, _ = ask_or_exit(plan, 0)
-    report = build(plan, found, args.tolerance)
-    write_json(Path(args.out) / "lossless.json", report)
-    write_provenance(args.out, vars(args) | {"dtype": plan.dtype}, [f for f in plan.files.values() if f])
+    results, _ = ask_or_exit(plan, 0, ("lossless.json",))
+    report = build(plan, results, args.tolerance)
+    write_json(plan.out / "lossless.json", report)
+    finish(plan)
     for name, arm in report["arms"].items():
         print(summary(name, arm, plan.dtype))
-    wrong = [name for name, arm in report["arms"].items() if arm["verdict"] == "NOT LOSSLESS"]
-    if wrong:
-        sys.exit(
-            f"evaluation.lossless: {', '.join(wrong)} changed the model's text; see {args.out}/lossless.json"
-        )
+    for verdict, words in (("NOT LOSSLESS", "changed the model's text"), (NOTHING, "has nothing to compare")):
+        names = [name for name, arm in report["arms"].items() if arm["verdict"] == verdict]
+        if names:
+            sys.exit(f"evaluation.lossless: {', '.join(names)} {words}; see {args.out}/lossless.json")
 
 
-def build(plan: Plan, found: list[tuple[Arm, Task, list[dict]]], tolerance: float) -> dict:
+def check_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise InputError(f"--tolerance {tolerance}: must be a number of at least 0")
+
+
+def build(plan: Plan, results: list[Result], tolerance: float) -> dict:
     """`{"dtype", "backend", "tolerance", "arms": {name: {"questions", "identical", "share", "verdict",
     "differences"}}}`.
     """
-    answers = {(arm.name, task.name): rows for arm, task, rows in found}
-    backbone, tokenizer = Backbone(plan.args.model, plan.args.device), harness.load_tokenizer(plan.args.model)
+    answers = {(arm.name, task.name): rows for arm, task, rows in results}
+    backbone, tokenizer = Backbone(plan.args.model, plan.args.device), plan.tokenizers[plan.args.model]
     arms = {}
     for arm in plan.arms[1:]:
         differences, questions = [], 0
         for task in plan.tasks:
             plain, drafted = answers["baseline", task.name], answers[arm.name, task.name]
-            questions += len(drafted)
+            questions += metrics.identical(drafted, plain)["questions"]
             differences += compare(
-                backbone, tokenizer, task, plan.questions[task.name], plain, drafted, tolerance
+                backbone, Prompts(tokenizer, task), plan.questions[task.name], plain, drafted, tolerance
             )
         same = questions - len(differences)
         arms[arm.name] = {
             "questions": questions,
             "identical": same,
-            "share": same / questions,
-            "verdict": verdict_of(differences, plan.dtype),
+            "share": same / questions if questions else None,
+            "verdict": verdict_of(differences, plan.dtype, questions),
             "differences": differences,
         }
     return {"dtype": plan.dtype, "backend": plan.args.backend, "tolerance": tolerance, "arms": arms}
@@ -193,7 +202,8 @@ def summary(name: str, arm: dict, dtype: str) -> str:
     if arm["differences"]:
         margins = sorted(d["margin"] for d in arm["differences"])
         worst = max(max(d["plain_gap"] or 0, d["drafted_gap"] or 0) for d in arm["differences"])
-        line += f" (margin at first differences: median {margins[len(margins) // 2]:.3f}, largest gap {worst:.3f})"
+        median = margins[len(margins) // 2]
+        line += f" (margin at first differences: median {median:.3f}, largest gap {worst:.3f})"
     return line
 
 

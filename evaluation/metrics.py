@@ -1,12 +1,13 @@
 """From answers to numbers: accept length, per-position rates, throughput, and how far each can be trusted.
 
 An answer is `{"question", "turns": [Turn as a dict, ...]}`. Everything here is arithmetic on those, so that
-every figure in a report can be computed again from the answer files.
+every figure in a report can be computed again from the answer files. What an engine did not report is None
+here, never zero.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from fastmtp import tau
 
 
 def turns(answers: list[dict]) -> list[dict]:
@@ -25,25 +26,35 @@ def verify_passes(answers: list[dict]) -> int:
 
 
 def accept_length(answers: list[dict]) -> float | None:
-    """Output tokens per verify pass, pooled. None where nothing was verified."""
-    passes = verify_passes(answers)
-    return output_tokens(answers) / passes if passes else None
+    """tau, pooled. None if nothing was verified."""
+    return tau.accept_length(output_tokens(answers), verify_passes(answers))
 
 
-def histogram(answers: list[dict], num_steps: int) -> list[int]:
-    """Pooled counts, [num_steps + 1]: entry j = verify passes with exactly j accepted drafts."""
+def histogram(answers: list[dict], num_steps: int) -> list[int] | None:
+    """Pooled counts, [num_steps + 1]: entry j = verify passes with exactly j accepted drafts.
+
+    None if an answer's counts are not there, or are not those of its verify passes.
+    """
     total = [0] * (num_steps + 1)
     for turn in turns(answers):
+        passes, counted = turn["verify_passes"], sum(turn["histogram"])
+        # Engines may count the pass in which an answer ends, or not.
+        if passes is None or (passes and not counted) or abs(passes - counted) > 1:
+            return None
         for accepted, count in enumerate(turn["histogram"]):
             total[accepted] += count
     return total
 
 
-def position_rates(answers: list[dict], num_steps: int) -> list[float]:
-    """[num_steps]: share of verify passes whose draft i+1 was accepted (and so every draft before it)."""
+def position_rates(answers: list[dict], num_steps: int) -> list[float] | None:
+    """[num_steps]: share of verify passes whose draft i+1 was accepted (and so every draft before it).
+
+    [] without drafts; None if the engine did not say, or nothing was verified.
+    """
+    if not num_steps:
+        return []
     counts = histogram(answers, num_steps)
-    passes = sum(counts)
-    return [sum(counts[i + 1 :]) / passes for i in range(num_steps)] if passes else [0.0] * num_steps
+    return tau.position_rates(counts) if counts else None
 
 
 def wall_seconds(answers: list[dict]) -> float:
@@ -68,16 +79,19 @@ def decode_throughput(answers: list[dict]) -> float | None:
 
 
 def identical(answers: list[dict], reference: list[dict]) -> dict:
-    """Compare outputs token by token, by question: `{"reference", "questions", "identical", "share"}`."""
+    """Compare outputs token by token, by question: `{"reference", "questions", "identical", "share"}`.
+
+    Two outputs without a token say nothing and are not counted.
+    """
     expected = {a["question"]: [t["output_ids"] for t in a["turns"]] for a in reference}
     pairs = [([t["output_ids"] for t in a["turns"]], expected.get(a["question"])) for a in answers]
-    pairs = [(ours, theirs) for ours, theirs in pairs if theirs is not None]
+    pairs = [(ours, theirs) for ours, theirs in pairs if theirs is not None and (any(ours) or any(theirs))]
     same = sum(ours == theirs for ours, theirs in pairs)
     share = same / len(pairs) if pairs else None
     return {"reference": "baseline", "questions": len(pairs), "identical": same, "share": share}
 
 
-def intervals(answers: list[dict], baseline: list[dict] | None, resamples: int = 2000, seed: int = 0) -> dict:
+def intervals(answers: list[dict], baseline: list[dict] | None) -> dict:
     """95 % bootstrap intervals over questions: {"accept_length": [low, high], "throughput": ..., "speedup":
     ...}.
 
@@ -85,27 +99,24 @@ def intervals(answers: list[dict], baseline: list[dict] | None, resamples: int =
     at a time. The speed-up is paired: each resample takes the same questions of both arms. One question has
     no interval.
     """
-    ours = {a["question"]: a for a in answers}
-    theirs = {a["question"]: a for a in baseline or []}
+    ours = {a["question"]: [a] for a in answers}
+    theirs = {a["question"]: [a] for a in baseline or []}
     questions = [q for q in ours if q in theirs] if theirs else list(ours)
     if len(questions) < 2:
         return {}
-    columns = np.array(
-        [_sums(ours[q]) + (_sums(theirs[q]) if theirs else ()) for q in questions], dtype=float
-    )
-    picks = np.random.default_rng(seed).integers(len(questions), size=(resamples, len(questions)))
-    sums = columns[picks].sum(axis=1)  # [resamples, columns]
-    tokens, passes, seconds = sums[:, 0], sums[:, 1], sums[:, 2]
-    found = {"accept_length": tokens / np.maximum(passes, 1), "throughput": tokens / seconds}
+    columns = [_sums(ours[q]) + (_sums(theirs[q]) if theirs else ()) for q in questions]
+    sums = tau.resample(columns).T
+    tokens, passes, seconds = sums[:3]
+    draws = {"accept_length": tokens / passes, "throughput": tokens / seconds}
     if theirs:
-        found["speedup"] = (tokens / seconds) / (sums[:, 3] / sums[:, 5])
-    return {name: [float(x) for x in np.percentile(values, [2.5, 97.5])] for name, values in found.items()}
+        draws["speedup"] = draws["throughput"] / (sums[3] / sums[5])
+    spans = {name: tau.bounds(values) for name, values in draws.items()}
+    return {name: list(span) for name, span in spans.items() if span}
 
 
-def _sums(answer: dict) -> tuple[float, float, float]:
-    """Tokens, verify passes, seconds of one question."""
-    one = [answer]
-    return output_tokens(one), verify_passes(one), sum(t["latency_s"] for t in answer["turns"])
+def _sums(answers: list[dict]) -> tuple[float, float, float]:
+    """Tokens, verify passes, seconds."""
+    return output_tokens(answers), verify_passes(answers), sum(turn["latency_s"] for turn in turns(answers))
 
 
 def result_line(
@@ -129,7 +140,7 @@ def result_line(
     the text).
     """
     tokens, wall = output_tokens(answers), wall_seconds(answers)
-    throughput = tokens / wall if wall > 0 else None
+    throughput = tokens / wall if wall > 0 and tokens else None
     if baseline is not None:
         seconds = wall_seconds(baseline)
         baseline_throughput = output_tokens(baseline) / seconds if seconds > 0 else None

@@ -7,24 +7,31 @@ number of draft steps. `vanilla` is the head as it was before training and lives
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evaluation import harness
-from evaluation.c_eval.bench_sglang_eagle import TASK as C_EVAL
-from evaluation.cnn_dm.bench_sglang_eagle import TASK as CNN_DM
-from evaluation.harness import Settings
-from evaluation.livecodebench.bench_sglang_eagle import TASK as LIVECODEBENCH
-from evaluation.math_500.bench_sglang_eagle import TASK as MATH_500
-from evaluation.mt_bench.bench_sglang_eagle import TASK as MT_BENCH
-from evaluation.nq_qa.bench_sglang_eagle import TASK as NQ_QA
-from evaluation.nq_rag.bench_sglang_eagle import TASK as NQ_RAG
+from evaluation.answers import Answers
+from evaluation.asking import Prompts, Settings
+from evaluation.harness import check_numbers
 from evaluation.questions import Task, load_questions
+from evaluation.tasks import TASKS as TASKS
+from evaluation.tasks import parse_tasks
+from fastmtp import checkpoint, model, speculative
 from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.engines import sglang
-from fastmtp.files import existing, resource
+from fastmtp.engines.address import check_port
+from fastmtp.engines.sglang_flags import FLOAT32, MEASURED, merged, streams, values
+from fastmtp.files import check_output, claim, existing, read_json, resource
+from fastmtp.fingerprint import fingerprint, gpu_name, machine
+from fastmtp.tokenizer import load_tokenizer
+from fastmtp.vocab.draft_vocab import load_map
 
+PROMPT_ROOM = 8192  # tokens of a prompt that a server with a fixed key-value pool has room for
 REPEAT = "baseline_repeat"
 
 
@@ -82,35 +89,22 @@ def _arm(name: str, model: str, vanilla_model: str | None, maps: dict[str, str])
     return Arm(name, folder, int(steps), maps.get(map_name) if map_name else None, map_name)
 
 
-TASKS = {t.name: t for t in (MT_BENCH, LIVECODEBENCH, MATH_500, NQ_QA, NQ_RAG, CNN_DM, C_EVAL)}
-
-
-def parse_tasks(names: str) -> list[Task]:
-    """`all` or a comma-separated list."""
-    if names == "all":
-        return list(TASKS.values())
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in TASKS]
-    if unknown or not wanted:
-        raise InputError(
-            f"--tasks: '{', '.join(unknown) or names}' is not a task; choose all or {', '.join(TASKS)}"
-        )
-    return [TASKS[name] for name in dict.fromkeys(wanted)]
-
-
 def question_file(folder: str | None, task: Task) -> Path | None:
     """FOLDER/TASK.jsonl, or the one file whose name begins with the task's; None without a folder (then the
     Hub).
     """
     if folder is None:
         return None
-    exact = existing(folder, "folder") / f"{task.name}.jsonl"
-    found = [exact] if exact.exists() else sorted(Path(folder).glob(f"{task.name}*.jsonl"))
-    if len(found) != 1:
+    exact = [existing(folder, "folder") / f"{task.name}{ending}" for ending in (".jsonl", ".jsonl.gz")]
+    matches = [path for path in exact if path.exists()] or sorted(
+        path for path in Path(folder).glob(f"{task.name}*.jsonl*") if path.name.endswith((".jsonl", ".gz"))
+    )
+    if len(matches) != 1:
         raise InputError(
-            f"{folder}: {len(found) or 'no'} files named {task.name}*.jsonl; expected one, or leave the task out"
+            f"{folder}: {len(matches) or 'no'} files named {task.name}*.jsonl; give exactly one, or leave the"
+            " task out"
         )
-    return found[0]
+    return matches[0]
 
 
 def add_arguments(p: Parser) -> None:
@@ -136,7 +130,7 @@ def add_arguments(p: Parser) -> None:
         "--max-gen-length", type=int, default=1024, help="tokens an answer may have (default %(default)s)"
     )
     p.add_argument("--temperature", type=float, default=0.0)
-    p.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
+    p.add_argument("--seed", type=int, default=0, help="of sampling, if the temperature is above 0")
     p.add_argument("--parallel", type=int, default=1, help="requests in flight; speed-ups are defined at 1")
     p.add_argument(
         "--at-once", type=int, default=1, help="servers started side by side, asked one after the other"
@@ -152,44 +146,129 @@ def add_arguments(p: Parser) -> None:
 
 
 class Plan:
-    """What is to be asked: checked arguments, arms, tasks and their questions. Raises InputError for bad
+    """What will be asked: checked arguments, arms, tasks and their questions. Raises InputError for bad
     input.
     """
 
     def __init__(self, args, sglang_flags: list[str]):
-        harness.check_counts(args)
+        check_numbers(args)
         at_least(args, 1, "at_once")
+        at_least(args, 0, "seed")
+        check_port(args.port, args.at_once)
         existing(args.model, "model folder")
         self.args, self.flags, self.out = args, sglang_flags, Path(args.out)
+        self._fingerprints: dict[str, dict[str, object]] = {}
         if args.vanilla_model:
             existing(args.vanilla_model, "vanilla model folder")
+        if args.backend == "reference" and args.parallel > 1:
+            raise InputError("--parallel: the reference backend answers one request at a time; leave it out")
+        if args.backend == "reference" and sglang_flags:
+            raise InputError(f"{sglang_flags[0]}: the reference backend takes no flags after --")
         self.arms = parse_arms(args.arms, args.model, args.vanilla_model, args.token_map)
         self.tasks = parse_tasks(args.tasks)
         self.dtype = args.dtype or ("float32" if args.backend == "reference" else "bfloat16")
-        if args.backend == "reference" and args.parallel > 1:
-            raise InputError("--parallel: the reference backend answers one request at a time; leave it out")
+        self.settings = Settings(args.max_gen_length, args.temperature, args.seed)
         self.files = {task.name: question_file(args.question_folder, task) for task in self.tasks}
         self.questions = {
             task.name: load_questions(task, self.files[task.name], args.num_questions) for task in self.tasks
         }
-        if args.backend == "sglang":
-            for arm in self.arms:  # a wrong folder should not be found out after an hour
-                sglang.command(arm.model, arm.num_steps, arm.token_map, backend="triton")
+        self._check_arms()
 
-    def settings(self, arm: Arm, task: Task) -> Settings:
-        a = self.args
-        return Settings(task.name, arm.name, arm.model, a.temperature, a.max_gen_length, a.seed, self.dtype)
+    def _check_arms(self) -> None:
+        """A wrong folder, flag, map or chat template should not be found out after an hour."""
+        tokenizers = {}
+        for arm in self.arms:
+            if self.args.backend == "sglang":
+                self.command(arm, self.args.port, "triton")
+            if arm.model not in tokenizers:
+                tokenizers[arm.model] = load_tokenizer(arm.model)
+                for task in self.tasks:
+                    Prompts(tokenizers[arm.model], task)
+            if arm.token_map:
+                size = sglang.vocabulary(arm.model, read_json(Path(arm.model) / "config.json"))
+                load_map(arm.token_map, tokenizers[arm.model], size)
+        self.tokenizers = tokenizers
+
+    def server_flags(self) -> list[str]:
+        """SGLang's flags of every arm: ours, and in their place the user's."""
+        ours = ["--dtype", self.dtype, "--mem-fraction-static", "0.7"]
+        if self.args.at_once > 1:
+            # Shares of free memory mean nothing while others are taking theirs: a fixed key-value pool each.
+            tokens = self.args.parallel * (self.args.max_gen_length + PROMPT_ROOM)
+            ours[-1:] = ["0.95", "--max-total-tokens", str(tokens)]
+        ours += [*streams(self.args.parallel), *MEASURED]
+        if self.dtype == "float32":
+            ours += FLOAT32
+        return merged(ours, self.flags)
+
+    def command(self, arm: Arm, port: int, backend: str | None = None) -> list[str]:
+        """SGLang's command line for one arm. Raises InputError for what cannot work."""
+        return sglang.command(arm.model, arm.num_steps, arm.token_map, 1, port, self.server_flags(), backend)
+
+    def fingerprint(self, arm: Arm) -> dict[str, object]:
+        """All that the arm's answers and their speed depend on."""
+        if arm.name not in self._fingerprints:
+            self._fingerprints[arm.name] = self._fingerprint(arm)
+        return self._fingerprints[arm.name]
+
+    def _fingerprint(self, arm: Arm) -> dict[str, object]:
+        a, head = self.args, Path(arm.model) / checkpoint.HEAD_FILE
+        contents = {
+            "model": arm.model,
+            "head": head if head.exists() else None,
+            "token map": arm.token_map,
+        }
+        settings = vars(self.settings) | {"num_steps": arm.num_steps, "parallel": a.parallel}
+        settings |= {"backend": a.backend, "dtype": self.dtype}
+        if a.backend == "reference":
+            contents["decoder"] = [model.__file__, speculative.__file__, *checkpoint.CODE]
+            settings |= {"device": a.device} | machine()
+            settings |= {"gpu": None} if a.device == "cpu" else {}
+        else:
+            settings |= {"gpu": gpu_name(), "sglang": _version("sglang")}
+            settings |= {"--attention-backend": sglang.attention_backend()} | values(self.server_flags())
+            settings |= {k: v for k, v in os.environ.items() if k.startswith("SGLANG_") and "KEY" not in k}
+        return fingerprint(contents, settings)
+
+    def claim(self, *outputs: str) -> None:
+        """Hold the folder for this process. InputError if an output would replace somebody's file in it."""
+        claim(self.out, folder=True)
+        logs = [f"logs/{arm.folder}.log" for arm in self.arms]
+        for name in (*outputs, *logs, *(f"environments/{arm.folder}.json" for arm in self.arms)):
+            check_output(self.out / name)
 
     def note(self, arm: Arm) -> Path:
         """Where the arm's answers come from: engine, versions."""
         return self.out / "environments" / f"{arm.folder}.json"
 
-    def answer_file(self, arm: Arm, task: Task) -> Path:
-        return self.out / "answers" / arm.folder / f"{task.name}.jsonl"
+    @contextlib.contextmanager
+    def answers(self, jobs: list[tuple[Arm, int]]) -> Iterator[dict[tuple[str, str], Answers]]:
+        """The answer file of each (arm, task), held until the block ends.
+
+        Raises InputError if one was made under other settings.
+        """
+        opened: dict[tuple[str, str], Answers] = {}
+        try:
+            for arm, _ in jobs:
+                depends = self.fingerprint(arm)
+                for task in self.tasks:
+                    path = self.out / "answers" / arm.folder / f"{task.name}.jsonl"
+                    opened[arm.name, task.name] = Answers(path, depends, "--out")
+            yield opened
+        finally:
+            for one in opened.values():
+                one.close()
 
     def jobs(self, repeat_questions: int) -> list[tuple[Arm, int]]:
-        """(arm, number of questions a task); the baseline's first questions once more at the end."""
+        """(arm, number of questions per task); the baseline's first questions once more at the end."""
         jobs = [(arm, self.args.num_questions) for arm in self.arms]
         if repeat_questions and self.arms[0].num_steps == 0:
             jobs.append((replace(self.arms[0], name=REPEAT), repeat_questions))
         return jobs
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,4 +1,8 @@
-"""A benchmark's questions: a local file or the Hub's data set at a fixed revision -> user turns."""
+"""A benchmark's questions: a local file or the Hub's data set at a fixed revision -> user turns.
+
+A question is asked whole or refused by file and line: no part of it is left out, and no empty field becomes
+the word "None".
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,21 @@ from pathlib import Path
 from fastmtp.cli import InputError
 from fastmtp.files import read_jsonl
 
-SPEC_BENCH, SPEC_BENCH_REVISION = "RedHatAI/speculator_benchmarks", "2ae86affa2cb97a972b7fc681dd51c04fbff083e"
+# Fields that would be part of a question, with the row names of other data sets.
+PARTS = ("system", "system_prompt", "context", "passages", "documents", "instruction", "input", "messages")
+CHOICES = ("options", "choices", "A", "B", "C", "D")
+
+
+class Unfit(Exception):
+    """A row that cannot be asked whole; the message says why."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark. `turns(row)` gives the user turns of one row; it raises KeyError for a row of another
-    format.
+    """A benchmark. `turns(row)` gives the user turns of one row, or raises Unfit.
 
-    `hub_rows()` loads the published questions; `revision` None means that the Hub's newest is taken.
+    `hub_rows()` loads the published questions; `revision` None means that the Hub's newest is taken. asks:
+    the fields of PARTS and CHOICES that `turns` reads.
     """
 
     name: str
@@ -29,6 +39,7 @@ class Task:
     hub_rows: Callable[[], Iterable[dict]]
     turns: Callable[[dict], list[str]]
     system: str = ""
+    asks: tuple[str, ...] = ()
 
 
 def digest(value: object) -> str:
@@ -46,15 +57,87 @@ def load_questions(task: Task, question_file: str | Path | None, limit: int) -> 
         if len(questions) == limit:
             break
         try:
-            turns = task.turns(row)
-        except KeyError as error:
-            raise InputError(f"{place}: no field {error}; is this a {task.name} question file?") from None
-        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-            raise InputError(f"{place}: an empty or non-text question; mend or remove this line")
-        questions.append(turns)
+            questions.append(_question(task, row))
+        except Unfit as error:
+            raise InputError(f"{place}: {error}; fix or remove this line") from None
     if not questions:
         raise InputError(f"{question_file or task.dataset}: no questions; give a file with at least one line")
     return questions
+
+
+def _question(task: Task, row: dict) -> list[str]:
+    """User turns of a row; raises Unfit if a part of the question would be lost or cannot be sent."""
+    lost = [name for name in (*PARTS, *CHOICES) if row.get(name) and name not in task.asks]
+    if lost:
+        raise Unfit(
+            f"the field '{lost[0]}' of this row is not asked in {task.name}; put it into the question"
+        )
+    turns = task.turns(row)
+    if not turns or not all(turn.strip() for turn in turns):
+        raise Unfit("an empty question")
+    return turns
+
+
+def text(row: dict, name: str, missing: str | None = None) -> str:
+    """A field of text. Raises Unfit for another type, and for an absent or null one unless `missing` says
+    what it then is.
+    """
+    value = row.get(name)
+    if value is None and missing is not None:
+        return missing
+    if value is None:
+        raise Unfit(f"the field '{name}' is null" if name in row else f"no field '{name}'")
+    if not isinstance(value, str):
+        raise Unfit(f"the field '{name}' must be text, not {_kind(value)}")
+    return value
+
+
+def user_turns(row: dict) -> list[str]:
+    """Spec-Bench and MT-Bench rows: a list of texts in `turns` or `prompt`, or one text."""
+    values = [(name, row[name]) for name in ("turns", "prompt") if row.get(name) is not None]
+    if not values:
+        names = [name for name in ("turns", "prompt") if name in row]
+        raise Unfit(f"the field '{names[0]}' is null" if names else "no field 'turns' or 'prompt'")
+    if len(values) == 2 and values[0][1] != values[1][1]:
+        raise Unfit("'turns' and 'prompt' are two different questions")
+    name, value = values[0]
+    turns = [value] if isinstance(value, str) else value
+    if not isinstance(turns, list):
+        raise Unfit(f"the field '{name}' must be a text or a list of texts, not {_kind(value)}")
+    for turn in turns:
+        if not isinstance(turn, str):
+            raise Unfit(f"every turn in '{name}' must be text, not {_kind(turn)}")
+    return list(turns)
+
+
+def choices(row: dict) -> dict[str, str]:
+    """Letter -> choice of a multiple-choice row: fields A, B, ..., or a list or object in `options` or
+    `choices`; {} if it has none.
+    """
+    source, listed = row, [name for name in ("options", "choices") if row.get(name) is not None]
+    if listed:
+        value = row[listed[0]]
+        source = dict(zip("ABCDEFGH", value, strict=False)) if isinstance(value, list) else value
+        if not isinstance(source, dict) or len(source) != len(value) or not source:
+            raise Unfit(f"the field '{listed[0]}' must be a list or an object of choices, not {_kind(value)}")
+    letters = [letter for letter in "ABCDEFGH" if letter in source]
+    if listed and len(letters) != len(source):
+        raise Unfit(f"the field '{listed[0]}' must name its choices A, B, C, ...")
+    if letters != list("ABCDEFGH"[: len(letters)]) or len(letters) == 1:
+        raise Unfit(f"choices {', '.join(letters)} alone")
+    return {letter: _choice(letter, source[letter]) for letter in letters}
+
+
+def _choice(letter: str, value: object) -> str:
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
+        return str(value)
+    raise Unfit(f"choice {letter} is {'empty' if value == '' else _kind(value)}")
+
+
+def _kind(value: object) -> str:
+    """What JSON calls a value's type."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _hub(task: Task) -> Iterable[dict]:
@@ -63,20 +146,6 @@ def _hub(task: Task) -> Iterable[dict]:
     except Exception as error:  # `datasets` raises a dozen kinds: no network, gone, gated, not installed
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{task.dataset}: cannot be loaded ({first}); or give --question-file") from None
-
-
-def spec_bench_rows(file_name: str) -> Iterable[dict]:
-    """Rows of one Spec-Bench subset, which three of the seven benchmarks take their questions from."""
-    import datasets
-
-    url = f"hf://datasets/{SPEC_BENCH}@{SPEC_BENCH_REVISION}/{file_name}"
-    return datasets.load_dataset("json", data_files=url, split="train")
-
-
-def user_turns(row: dict) -> list[str]:
-    """Spec-Bench and MT-Bench rows: a list in `turns` or `prompt`, or one text in `prompt`."""
-    value = row["turns"] if "turns" in row else row["prompt"]
-    return [value] if isinstance(value, str) else list(value)
 
 
 def question_keys(task: Task, questions: list[list[str]]) -> list[str]:

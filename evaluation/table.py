@@ -61,50 +61,56 @@ def _cell(line: dict, answers: dict[tuple[str, str], list[dict]]) -> dict:
 
 
 def _mean(values) -> float | None:
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
+    """None if one of the values is unknown: a mean of the others would not be that of all tasks."""
+    values = list(values)
+    return None if None in values else sum(values) / len(values)
 
 
 def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
     """Reasons not to believe a number, each a sentence."""
-    found = []
+    reasons = []
     for task, change in drift.items():
         if abs(change) > DRIFT_LIMIT:
-            found.append(
-                f"{task}: the baseline's tokens/s changed by {change:+.1%} between start and end; speeds drifted."
+            reasons.append(
+                f"{task}: the baseline's tokens/s changed by {change:+.1%} from start to end; speeds drifted."
             )
     if not any(line["arm"] == "baseline" for line in lines):
-        found.append("No baseline in this run: no speed-ups and no losslessness.")
+        reasons.append("No baseline in this run: no speed-ups and no losslessness.")
     elif not drift:
-        found.append("The baseline was not repeated: drift is unknown.")
+        reasons.append("The baseline was not repeated: drift is unknown.")
     config = lines[0]["config"]
     if config["parallel"] > 1:
-        found.append(
+        reasons.append(
             f"{config['parallel']} requests in flight: speed-ups are not the single-stream ones of the paper."
         )
     few = min(line["num_questions"] for line in lines if line["arm"] != REPEAT)
     if few < FEW:
-        found.append(f"Only {few} questions in at least one task: read the intervals, not the averages.")
+        reasons.append(f"Only {few} questions in at least one task: read the intervals, not the averages.")
     for line in lines:
+        place = f"{line['arm']} on {line['task']}"
+        if not line["output_tokens"]:
+            reasons.append(f"{place}: every answer is empty; nothing was measured.")
+        elif line["position_rates"] is None:
+            reasons.append(f"{place}: the engine gave no histogram of accepted drafts; rates are unknown.")
         lossless = line["lossless"]
-        if not lossless or lossless["share"] == 1.0:
+        if not lossless or lossless["share"] in (None, 1.0):
             continue
-        text = f"{line['arm']} on {line['task']}: {lossless['identical']} of {lossless['questions']} outputs equal the baseline's"
+        text = f"{place}: {lossless['identical']} of {lossless['questions']} outputs equal the baseline's"
         if config.get("dtype") == "float32":
-            found.append(f"NOT LOSSLESS in float32: {text}. See python -m evaluation.lossless.")
+            reasons.append(f"NOT LOSSLESS in float32: {text}. See python -m evaluation.lossless.")
         else:
-            found.append(f"{text}; python -m evaluation.lossless tells rounding from wrong tokens.")
-    return found
+            reasons.append(f"{text}; python -m evaluation.lossless tells rounding from wrong tokens.")
+    return reasons
 
 
 def markdown(report: dict) -> str:
     titles = report["titles"]
-    where = report["environment"]
-    place = where["gpu"] or "CPU"
-    versions = where["versions"]
+    environment = report["environment"]
+    place = environment["gpu"] or "CPU"
+    versions = environment["versions"]
     engine = (
         f"SGLang {versions.get('sglang')}"
-        if where["backend"] == "sglang"
+        if environment["backend"] == "sglang"
         else f"torch {versions.get('torch')}"
     )
     head = ["arm", *(titles[name] for name in report["tasks"]), "average"]
@@ -129,8 +135,8 @@ def markdown(report: dict) -> str:
     ]
     parts = [
         "# Speed and accept length",
-        f"{place}, {engine}, {where['settings'].get('dtype')}, {where['finished']}. Speed-up (accept length); "
-        "baseline in tokens/s, end to end. Averages are means over tasks.",
+        f"{place}, {engine}, {environment['settings'].get('dtype')}, {environment['finished']}. "
+        "Speed-up (accept length); baseline in tokens/s, end to end. Averages are means over tasks.",
         grid(head, rows),
     ]
     if report["warnings"]:
@@ -168,8 +174,12 @@ def _detail(name: str, title: str, cell: dict) -> list[str]:
         number(cell["decode_throughput"], ".1f"),
         _spanned(cell["speedup"], spans.get("speedup"), ".2f"),
         f"{lossless['identical']}/{lossless['questions']}" if lossless else "",
-        " ".join(f"{rate:.2f}" for rate in cell["position_rates"]),
+        _rates(cell["position_rates"]),
     ]
+
+
+def _rates(rates: list[float] | None) -> str:
+    return "-" if rates is None else " ".join(f"{rate:.2f}" for rate in rates)
 
 
 def _spanned(value: float | None, span: list[float] | None, form: str) -> str:

@@ -167,12 +167,13 @@ def check_output(path: str | Path) -> None:
 _claimed: dict[Path, int] = {}  # records that this process holds open and locked, until it ends
 
 
-def claim(output: str | Path, folder: bool = False) -> None:
+def claim(output: str | Path, folder: bool = False, found: dict[str, object] | None = None) -> None:
     """Say that this process writes `output`, before any work is done; keep other processes away from it.
 
     A file that is not ours stays untouched. With `folder`, a folder that holds somebody's files is shared,
-    and theirs are never replaced. (A folder that is written whole needs `check_output` alone.) Raises
-    InputError for an output that is not ours or that another process is writing.
+    and theirs are never replaced. (A folder that is written whole needs `check_output` alone.) `found`, the
+    fingerprint of a file that grows, is recorded at once if the file is not there yet. Raises InputError for
+    an output that is not ours or that another process is writing.
     """
     output = Path(output)
     if folder:
@@ -193,9 +194,12 @@ def claim(output: str | Path, folder: bool = False) -> None:
         raise InputError(
             f"{output}: another process is writing it; wait for it or give another --out"
         ) from None
-    if not os.fstat(handle).st_size:
+    if not os.fstat(handle).st_size or (found is not None and not output.exists()):
         others = sorted(p.name for p in output.iterdir() if p != record) if folder else []
-        os.write(handle, json.dumps({"command": command_line(), "others": others}).encode())
+        facts = {"command": command_line(), "others": others}
+        with disk_errors(record):
+            os.truncate(handle, 0)
+            os.write(handle, json.dumps(facts | ({} if found is None else {"fingerprint": found})).encode())
     _claimed[record.absolute()] = handle
 
 

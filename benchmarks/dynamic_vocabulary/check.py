@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation import harness, metrics
+from evaluation import metrics
 from evaluation.backends import BackendError, Server, Turn
 from evaluation.lossless import first_difference
 from fastmtp.chat import prompt_ids
@@ -27,6 +27,7 @@ from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import process, sglang
 from fastmtp.engines.sglang_flags import FLOAT32, FLOAT32_ENVIRONMENT, MEASURED, merged, split_flags, streams
 from fastmtp.files import claim, write_json, write_jsonl, write_provenance
+from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab import draft_vocab
 
 FLAGS = ["--dtype", "float32", *FLOAT32, "--mem-fraction-static", "0.8", "--max-total-tokens", "32768"]
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     claim(out, folder=True)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = harness.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     rows = [read_prompts(path, limit=args.limit) for path in args.prompts]
     prompts = [prompt_ids(tokenizer, row["messages"]) for turn in zip(*rows, strict=False) for row in turn]
     env = sglang.vocab_environment(args.token_maps, "auto", args.model, out / "vocab.pt")

@@ -1,40 +1,18 @@
-"""LiveCodeBench v6: programming problems, answered with a Python program."""
+"""LiveCodeBench against a running SGLang server. Runs from any folder as a file, and with -m."""
 
-from __future__ import annotations
+import sys
+from pathlib import Path
 
-from evaluation import harness, questions
-from fastmtp.cli import run
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))  # this checkout's own code, whatever is installed
 
-DATASET, REVISION = "livecodebench/code_generation_lite", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
-SYSTEM = "You are an expert Python programmer. Solve the given problem with a correct Python program."
-
-
-def hub_rows():
-    import datasets
-
-    # The data set's own loader is a script, which `datasets` no longer runs; release v6 added this file.
-    url = f"hf://datasets/{DATASET}@{REVISION}/test6.jsonl"
-    return datasets.load_dataset("json", data_files=url, split="train")
-
-
-def turns(row: dict) -> list[str]:
-    """The statement and, where there is one, the starter code to complete; else a program on stdin and
-    stdout.
-    """
-    if row["starter_code"].strip():
-        how = "Complete this starter code and answer with the whole program:"
-        frame = row["starter_code"]
-    else:
-        how = "Read from standard input, write to standard output, and answer with the whole program:"
-        frame = "# your program"
-    return [f"{row['question_content']}\n\n{how}\n```python\n{frame}\n```"]
-
-
-TASK = questions.Task("livecodebench", "LiveCodeBench v6", DATASET, REVISION, hub_rows, turns, SYSTEM)
+from evaluation import harness, tasks  # noqa: E402
+from fastmtp.cli import run  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    harness.main(TASK, argv)
+    harness.main(tasks.TASKS[HERE.name], argv)
 
 
 if __name__ == "__main__":

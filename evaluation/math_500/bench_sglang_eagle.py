@@ -1,28 +1,18 @@
-"""MATH-500: competition mathematics, answered step by step."""
+"""MATH-500 against a running SGLang server. Runs from any folder as a file, and with -m."""
 
-from __future__ import annotations
+import sys
+from pathlib import Path
 
-from evaluation import harness, questions
-from fastmtp.cli import run
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))  # this checkout's own code, whatever is installed
 
-DATASET, REVISION = "HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"
-
-
-def hub_rows():
-    import datasets
-
-    return datasets.load_dataset(DATASET, split="test", revision=REVISION)
-
-
-def turns(row: dict) -> list[str]:
-    return [row["problem"] + "\n\nReason step by step and put your final answer within \\boxed{}."]
-
-
-TASK = questions.Task("math_500", "MATH-500", DATASET, REVISION, hub_rows, turns)
+from evaluation import harness, tasks  # noqa: E402
+from fastmtp.cli import run  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    harness.main(TASK, argv)
+    harness.main(tasks.TASKS[HERE.name], argv)
 
 
 if __name__ == "__main__":

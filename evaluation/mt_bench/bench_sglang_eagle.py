@@ -1,24 +1,18 @@
-"""MT-Bench: 80 open questions of two turns; the second turn follows the model's own first answer."""
+"""MT-Bench against a running SGLang server. Runs from any folder as a file, and with -m."""
 
-from __future__ import annotations
+import sys
+from pathlib import Path
 
-from evaluation import harness, questions
-from fastmtp.cli import run
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))  # this checkout's own code, whatever is installed
 
-DATASET, REVISION = "HuggingFaceH4/mt_bench_prompts", "e3a795c5e9a82ee40611c416b8a7786c73198991"
-
-
-def hub_rows():
-    import datasets
-
-    return datasets.load_dataset(DATASET, split="train", revision=REVISION)
-
-
-TASK = questions.Task("mt_bench", "MT-Bench", DATASET, REVISION, hub_rows, questions.user_turns)
+from evaluation import harness, tasks  # noqa: E402
+from fastmtp.cli import run  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    harness.main(TASK, argv)
+    harness.main(tasks.TASKS[HERE.name], argv)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,18 @@
-"""Natural Questions with retrieved passages before the question, as chosen by Spec-Bench."""
+"""NQ with retrieved passages against a running SGLang server. Runs from any folder as a file, and with -m."""
 
-from __future__ import annotations
+import sys
+from pathlib import Path
 
-from evaluation import harness, questions
-from fastmtp.cli import run
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))  # this checkout's own code, whatever is installed
 
-
-def hub_rows():
-    return questions.spec_bench_rows("rag.jsonl")
-
-
-TASK = questions.Task(
-    "nq_rag",
-    "NQ (retrieval)",
-    questions.SPEC_BENCH,
-    questions.SPEC_BENCH_REVISION,
-    hub_rows,
-    questions.user_turns,
-)
+from evaluation import harness, tasks  # noqa: E402
+from fastmtp.cli import run  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    harness.main(TASK, argv)
+    harness.main(tasks.TASKS[HERE.name], argv)
 
 
 if __name__ == "__main__":

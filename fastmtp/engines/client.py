@@ -1,4 +1,4 @@
-"""How we speak HTTP to a server: sessions and connections (addresses and keys: `address`). Shared by distillation and evaluation.
+"""How we speak HTTP to a server: sessions and connections. Shared by distillation and evaluation.
 
 Needs aiohttp, which comes with `pip install -e '.[serve]'`.
 """
@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import aiohttp
 
-from fastmtp.engines.address import api_key as api_key
-from fastmtp.engines.address import base_url as base_url
-from fastmtp.engines.address import check_port as check_port
-
 # uvicorn closes a connection that was idle for 5 s. The client must give it up earlier, or a request may be
 # sent into a connection that is about to close.
 KEEPALIVE = 3
 RECONNECTS = 2
-CLOSED = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError, BrokenPipeError)
 
 
 def session(timeout: float, key: str | None = None, line: int = 1 << 20) -> aiohttp.ClientSession:
@@ -30,3 +25,17 @@ def session(timeout: float, key: str | None = None, line: int = 1 << 20) -> aioh
         headers={"Authorization": f"Bearer {key}"} if key else None,
         trust_env=False,
     )
+
+
+async def post(session: aiohttp.ClientSession, url: str, body: dict | None = None) -> aiohttp.ClientResponse:
+    """POST, as JSON if there is a body. A connection that was closed before anything came back is made anew:
+    the server closed it while it was idle. Use it as `async with await post(...) as reply:`.
+    """
+    for last in (False,) * RECONNECTS + (True,):
+        try:
+            return await session.post(url, json=body)
+        except aiohttp.ClientConnectorError:
+            raise  # nobody listens
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if last:
+                raise

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from fastmtp.cli import InputError
-from fastmtp.engines import client
+from fastmtp.engines import address, client
 
 
 @pytest.mark.parametrize(
@@ -21,27 +21,27 @@ from fastmtp.engines import client
     ],
 )
 def test_a_host_becomes_a_url(host, url):
-    assert client.base_url(host, 30000) == url
+    assert address.base_url(host, 30000) == url
 
 
 @pytest.mark.parametrize("host", ["", "a b", "ftp://name", "1:2:3", "http://", "[::1"])
 def test_what_is_no_host_is_refused(host):
     with pytest.raises(InputError, match="--host .*not a host name or address"):
-        client.base_url(host, 30000)
+        address.base_url(host, 30000)
 
 
 def test_ports_out_of_range_are_refused():
-    client.check_port(65532, 4)
+    address.check_port(65532, 4)
     for port, count in ((0, 1), (-5, 1), (65536, 1), (65533, 4)):
         with pytest.raises(InputError, match=f"--port {port}: must be between 1 and {65536 - count}"):
-            client.check_port(port, count)
+            address.check_port(port, count)
 
 
 def test_the_key_given_goes_before_that_of_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "from-the-environment")
-    assert client.api_key("given") == "given" and client.api_key(None) == "from-the-environment"
+    assert address.api_key("given") == "given" and address.api_key(None) == "from-the-environment"
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    assert client.api_key(None) is None
+    assert address.api_key(None) is None
 
 
 def test_idle_connections_are_given_up_before_uvicorn_closes_them_and_proxies_are_not_used():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from evaluation import lossless
-from fastmtp import decoding
+from fastmtp import model as model_module
+from fastmtp import speculative
 from fastmtp.cli import InputError
 
 
@@ -48,7 +49,7 @@ def test_verified_drafts_give_the_models_own_text(model, questions, tmp_path, ca
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_drafts_accepted_without_verification_are_caught(dtype, model, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "accept_greedy", accept_everything)
+    monkeypatch.setattr(speculative, "accept_greedy", accept_everything)
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match="changed the model's text"):
         check(model, questions, out, "--dtype", dtype)
@@ -67,8 +68,8 @@ def test_answers_of_an_earlier_run_are_judged_without_asking_again(model, questi
     def refuse(*_, **__):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(decoding, "generate", refuse)
-    monkeypatch.setattr(decoding, "load", refuse)
+    monkeypatch.setattr(speculative, "generate", refuse)
+    monkeypatch.setattr(model_module, "load", refuse)
     assert check(model, questions, out)["arms"]["fastmtp:2"]["verdict"] == "lossless"
 
 
@@ -101,9 +102,10 @@ def test_a_close_call_is_rounding_and_a_far_one_is_not():
 
 def test_float32_excuses_nothing():
     rounding = [{"rounding": True}]
-    assert lossless.verdict_of(rounding, "bfloat16") == "rounding"
-    assert lossless.verdict_of(rounding, "float32") == "NOT LOSSLESS"
-    assert lossless.verdict_of([], "float32") == "lossless"
+    assert lossless.verdict_of(rounding, "bfloat16", 1) == "rounding"
+    assert lossless.verdict_of(rounding, "float32", 1) == "NOT LOSSLESS"
+    assert lossless.verdict_of([], "float32", 1) == "lossless"
+    assert lossless.verdict_of([], "float32", 0) == "NOTHING TO COMPARE"
 
 
 def test_wrong_use(model, questions, tmp_path):

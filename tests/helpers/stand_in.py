@@ -244,7 +244,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(chunks[0])
         self.wfile.flush()
         time.sleep(pause)
-        self.wfile.write(b"".join(chunks[1:]) + b"data: [DONE]\n\n")
+        self.finish_stream(b"".join(chunks[1:]) + b"data: [DONE]\n\n")
+
+    def finish_stream(self, data: bytes) -> None:
+        """What comes after the first chunk; tests put other words in its place."""
+        self.wfile.write(data)
         self.close_connection = True
 
     def _chat(self, body: dict) -> None:

@@ -7,8 +7,8 @@ import pytest
 from evaluation import metrics
 
 CONTRACT = (
-    "task arm model num_questions num_steps token_map temperature output_tokens wall_s throughput decode_throughput "
-    "accept_length position_rates speedup lossless config environment"
+    "task arm model num_questions num_steps token_map temperature output_tokens wall_s throughput "
+    "decode_throughput accept_length position_rates speedup lossless config environment"
 ).split()
 
 
@@ -67,7 +67,7 @@ def test_position_rates_count_passes_that_accepted_at_least_that_many():
     assert metrics.position_rates(SPEC, 3) == pytest.approx([0.6, 0.3, 0.1])
     # tau from the rates, one bonus token a pass, against tau from the histogram
     assert 1 + sum(metrics.position_rates(SPEC, 3)) == pytest.approx(1 + (3 + 4 + 3) / 10)
-    assert metrics.position_rates([answer("a", turn(1, 0))], 3) == [0.0, 0.0, 0.0]
+    assert metrics.position_rates([answer("a", turn(1, 0))], 3) is None, "nothing was verified"
 
 
 def test_wall_seconds_leave_out_pauses_and_count_overlap_once():
@@ -120,3 +120,22 @@ def test_intervals_hold_the_estimate_narrow_with_questions_and_do_not_change():
     wide = metrics.intervals(few, PLAIN)["accept_length"]
     assert wide[0] == pytest.approx(13 / 6) and wide[1] == pytest.approx(9 / 4)
     assert metrics.intervals(SPEC[:1], PLAIN) == {}
+
+
+@pytest.mark.parametrize("histogram", [[], [0, 0, 0, 0], [1, 0, 0]])
+def test_rates_that_the_engine_did_not_report_are_unknown_and_not_zero(histogram):
+    """One answer without counts is enough: rates of the others would not be those of the task."""
+    answers = [SPEC[0], answer("b", turn(9, 4, histogram))]
+    assert metrics.position_rates(answers, 3) is None
+    made = line(answers)
+    assert made["position_rates"] is None and made["accept_length"] == pytest.approx(22 / 10)
+    assert metrics.position_rates(PLAIN, 0) == []
+
+
+def test_answers_without_a_token_are_neither_lossless_nor_a_number():
+    empty = [answer("a", turn(0)), answer("b", turn(0, latency=0.0))]
+    made = line(empty, num_steps=0, baseline=empty)
+    assert made["lossless"] == {"reference": "baseline", "questions": 0, "identical": 0, "share": None}
+    assert (made["throughput"], made["speedup"], made["accept_length"]) == (None, None, None)
+    json.dumps([made, metrics.intervals(empty, empty)], allow_nan=False)
+    assert metrics.identical([answer("a", turn(0))], [answer("a", turn(2))])["identical"] == 0

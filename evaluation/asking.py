@@ -1,0 +1,153 @@
+"""Asks a backend a task's questions: prompts through the model's chat template, finished answers kept."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from evaluation.answers import Answers
+from evaluation.backends import BackendError, Turn
+from evaluation.questions import Task, question_keys
+from fastmtp.chat import prompt_ids
+from fastmtp.cli import InputError
+
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every question is asked."""
+
+    max_gen_length: int = 1024
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Prompts:
+    """Prompts of a task in a model's own chat format.
+
+    A template without a system role gets the task's system text before the user's first turn. Raises
+    InputError if there is no template or it refuses plain questions.
+    """
+
+    def __init__(self, tokenizer, task: Task):
+        self.tokenizer, self.task, self.folded = tokenizer, task, False
+        self.folded = bool(task.system) and not self._takes_system()
+        try:
+            self.ids(["a question"])
+        except InputError:
+            raise
+        except Exception as error:  # jinja2's kinds, or transformers' for a tokenizer without a template
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"{tokenizer.name_or_path}: its chat template cannot ask {task.name} ({reason}); give the"
+                " model a chat_template.jinja"
+            ) from None
+
+    def _takes_system(self) -> bool:
+        """Whether the template renders a system turn; some refuse it and some leave it out."""
+        try:
+            text = self.tokenizer.apply_chat_template(self.messages(["a question"]), tokenize=False)
+        except Exception:
+            return False
+        return self.task.system in text
+
+    def messages(self, user: list[str], answers: list[str] = ()) -> list[dict]:
+        """The chat up to the last user turn."""
+        system = self.task.system
+        if self.folded:
+            user = [f"{system}\n\n{user[0]}", *user[1:]]
+        messages = [{"role": "system", "content": system}] if system and not self.folded else []
+        for number, text in enumerate(user):
+            messages.append({"role": "user", "content": text})
+            messages += [{"role": "assistant", "content": a} for a in answers[number : number + 1]]
+        return messages
+
+    def ids(self, user: list[str], answers: list[str] = ()) -> list[int]:
+        """Token ids of the prompt for the last user turn, after the answers to the turns before it."""
+        return prompt_ids(self.tokenizer, self.messages(user, answers))
+
+
+async def collect(
+    backend,
+    prompts: Prompts,
+    questions: list[list[str]],
+    settings: Settings,
+    answers: Answers,
+    num_steps: int,
+    parallel: int = 1,
+    name: str = "",
+) -> list[dict]:
+    """Answers of all questions in order; those that `answers` has are not asked again.
+
+    Warm-up requests go first and are not kept; the prefix cache is emptied before the first question. Raises
+    BackendError when the backend fails: what was finished is kept.
+    """
+    keys = question_keys(prompts.task, questions)
+    missing = {
+        key: question for key, question in zip(keys, questions, strict=True) if key not in answers.rows
+    }
+    if not missing:
+        return answers.to(keys)
+    first = prompts.ids(next(iter(missing.values()))[:1])
+    for _ in range(2):
+        await backend.ask(first, WARM_UP_TOKENS)
+    await backend.flush()
+    free = asyncio.Semaphore(parallel)
+    total = len(set(keys))
+    bar = tqdm(
+        total=total,
+        initial=total - len(missing),
+        desc=f"{name} {prompts.task.name}",
+        unit="q",
+        disable=None,
+    )
+
+    async def one(key: str, question: list[str]) -> None:
+        async with free:
+            answers.add(key, await _answer(backend, prompts, question, settings, num_steps))
+            bar.update()
+
+    waiting = [asyncio.ensure_future(one(key, question)) for key, question in missing.items()]
+    try:
+        await asyncio.gather(*waiting)
+    finally:
+        for request in waiting:
+            request.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        bar.close()
+    return answers.to(keys)
+
+
+async def _answer(backend, prompts: Prompts, question, settings: Settings, num_steps: int) -> list[Turn]:
+    """All turns of one question; each turn's prompt holds the answers before it."""
+    turns: list[Turn] = []
+    for last in range(len(question)):
+        ids = prompts.ids(question[: last + 1], [turn.text for turn in turns])
+        turn = await backend.ask(ids, settings.max_gen_length, settings.temperature, seed=settings.seed)
+        turns.append(_checked(turn, num_steps))
+    return turns
+
+
+def _checked(turn: Turn, num_steps: int) -> Turn:
+    """A turn whose accounting fits the arm. An answer of one token comes from prefill alone: nothing was
+    verified.
+    """
+    if num_steps == 0:
+        if turn.verify_passes:
+            raise BackendError(
+                "the server drafts although this arm is plain decoding; start it with --no-spec"
+            )
+        turn.verify_passes, turn.histogram = None, []
+    if num_steps and not turn.verify_passes:
+        if len(turn.output_ids) > 1:
+            raise BackendError("the server reports no verify passes; it was started without speculation")
+        turn.verify_passes = 0
+    if len(turn.histogram) > num_steps + 1:
+        drafts = len(turn.histogram) - 1
+        raise BackendError(
+            f"a pass accepted {drafts} drafts in an arm of {num_steps} steps; the server's K is another"
+        )
+    return turn
