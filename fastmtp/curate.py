@@ -1,51 +1,64 @@
-"""Distilled answers -> `train.jsonl` and `eval.jsonl` that `swift sft` loads as they are, exact token ids
-kept.
+"""Distilled answers -> `train.jsonl` and `eval.jsonl` for `swift sft`, with exact token ids.
 
 In order: cleaning, benchmark questions out, exact and near-duplicates out (the first of two stays, so put the
 better source first), eval split off, the rest mixed to target token shares. Beside them: report.md,
-counts.json, lengths.png.
+counts.json, lengths.png. Token ids are checked with the tokenizer of `--model`, or of the model that the
+distiller's record names.
 
-    python -m fastmtp.curate --input distilled.jsonl --recipe configs/curate.yaml --data configs/data/local.yaml \\
-        --exclude bench/math_500.jsonl bench/mt_bench.jsonl --out data/mix
+    python -m fastmtp.curate --input distilled.jsonl --recipe configs/curate.yaml \\
+        --data configs/data/local.yaml --exclude bench/math_500.jsonl --out data/mix
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import gzip
-import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.data.cleaning import CleanConfig, verdict, words
+from fastmtp.data.cleaning import CleanConfig
 from fastmtp.data.curate_report import Tally, write_report
-from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates, signature
+from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates
 from fastmtp.data.mixture import DataConfig, choose
-from fastmtp.files import atomic, existing, shipped, write_provenance
+from fastmtp.data.scan import FOREIGN, Rules, Scanned, Spelling, scan_line
+from fastmtp.files import (
+    atomic,
+    check_output,
+    claim,
+    disk_errors,
+    existing,
+    read_record,
+    record_of,
+    shipped,
+    write_provenance,
+)
 from fastmtp.yaml_file import load_yaml
 
 CHUNK = 128  # samples that travel to a worker together
+MOST_FOREIGN = 0.1  # share of samples with ids of another tokenizer beyond which the whole input is doubted
+STAGING = ".curate.tmp"
+OUTPUTS = ("train.jsonl", "eval.jsonl", "counts.json", "report.md", "lengths.png")
 
 
 @dataclass
 class CurateConfig:
-    """A whole recipe; options on the command line go before it."""
+    """A whole recipe; options on the command line win over it."""
 
     eval_share: float = 0.0  # of the clean samples, held out for eval.jsonl before mixing
     seed: int = 0
@@ -57,111 +70,16 @@ class CurateConfig:
     dedup: DedupConfig = field(default_factory=DedupConfig)
 
 
-class Scanned(NamedTuple):
-    """What one input line comes to. `reason` is None for a clean sample, and only then are the last five
-    filled in.
-    """
-
-    reason: str | None
-    source: str
-    tokens: int  # of its answers
-    preview: str
-    row: bytes = b""  # the training row, JSON
-    key: bytes = b""  # of its words, prompt and answers
-    prompt_key: bytes = b""
-    sample_signature: bytes = b""
-    prompt_signature: bytes = b""
+_rules: Rules
 
 
-def training_row(sample: dict, where: str) -> tuple[list[dict], list[str], int]:
-    """A distilled sample -> (messages in ms-swift's form, texts of the model's answers, their token count).
-
-    An answer of the model is `{"token_ids": [...]}`, never text to tokenise again. An assistant turn without
-    ids was given with the prompt; it stays text and gets `"loss": false`, as no one is to learn it. Every row
-    holds ids, which also keeps the `datasets` JSON reader from taking `content` for a plain string column.
-    Raises InputError, starting with `where`, for a sample that breaks the contract.
-    """
-    messages = sample.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or len(messages) < 2:
-        raise InputError(
-            f"{where}: 'messages' must be a list of a prompt and its answer; mend or remove this line"
-        )
-    if messages[-1].get("role") != "assistant":
-        raise InputError(
-            f"{where}: the last message is no answer; write this file with `python -m fastmtp.distill`"
-        )
-    row, answers, tokens = [], [], 0
-    for turn, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise InputError(
-                f"{where}: message {turn} needs a 'role' and a text as 'content'; mend or remove this line"
-            )
-        ids = message.get("token_ids") if role == "assistant" else None
-        if ids is None and turn == len(messages) - 1:
-            ids = sample.get("output_ids")
-            if not isinstance(ids, list):
-                raise InputError(
-                    f"{where}: the answer has no 'token_ids'; write it with `python -m fastmtp.distill`"
-                )
-        if ids is not None:
-            answers.append(content)
-            tokens += len(ids)
-            row.append({"role": role, "content": {"token_ids": ids}})
-        else:
-            row.append({"role": role, "content": content} | ({"loss": False} if role == "assistant" else {}))
-    return row, answers, tokens
-
-
-def _digest(text: str) -> bytes:
-    """Key under which texts that differ only in case, spacing or punctuation fall together."""
-    return hashlib.blake2b(" ".join(words(text) or [text.strip()]).encode(), digest_size=16).digest()
-
-
-def scan_line(line: bytes, where: str, config: CurateConfig, questions: Questions) -> Scanned:
-    """Judge one sample by itself and make its signatures."""
-    try:
-        sample = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error}); mend or remove this line") from None
-    if not isinstance(sample, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(sample).__name__}; mend this line")
-    row, answers, tokens = training_row(sample, where)
-    source = str(sample.get("source") or "")
-    prompt = "\n".join(m["content"] for m in sample["messages"] if m["role"] == "user")
-    whole = "\n".join(m["content"] for m in sample["messages"] if m["role"] != "system")
-    total = max(tokens, len(sample.get("prompt_ids") or []) + len(sample.get("output_ids") or []))
-    preview = json.dumps(
-        [where, prompt[:300], answers[-1][:300], answers[-1][300:][-150:]], ensure_ascii=False
-    )
-    reason = verdict(answers, sample.get("finish", ""), sample.get("lang", ""), tokens, total, config.clean)
-    if reason is None and questions.find(prompt):
-        reason = "benchmark"
-    if reason:
-        return Scanned(reason, source, tokens, preview)
-    return Scanned(
-        None,
-        source,
-        tokens,
-        preview,
-        json.dumps({"messages": row}, ensure_ascii=False).encode(),
-        _digest(whole),
-        _digest(prompt),
-        signature(whole).tobytes(),
-        signature(prompt).tobytes(),
-    )
-
-
-_worker: tuple[CurateConfig, Questions]
-
-
-def _start(config: CurateConfig, questions: Questions) -> None:
-    global _worker
-    _worker = (config, questions)
+def _start(rules: Rules) -> None:
+    global _rules
+    _rules = rules
 
 
 def _scan_chunk(chunk: list[tuple[str, bytes]]) -> list[Scanned]:
-    return [scan_line(line, where, *_worker) for where, line in chunk]
+    return [scan_line(line, place, _rules) for place, line in chunk]
 
 
 def chunks(paths: list[str]) -> Iterator[list[tuple[str, bytes]]]:
@@ -176,12 +94,12 @@ def chunks(paths: list[str]) -> Iterator[list[tuple[str, bytes]]]:
                 raise InputError(f"{path}: broken gzip file ({error}); fetch or pack it again") from None
 
     feed = lines()
-    while chunk := list(islice(feed, CHUNK)):
+    while chunk := list(itertools.islice(feed, CHUNK)):
         yield chunk
 
 
 class Clean:
-    """The clean samples: small facts in memory, rows and previews in a temporary file, signatures in two
+    """The clean samples: small facts in memory, rows and previews in a temporary file, signatures and keys in
     buffers.
     """
 
@@ -191,6 +109,7 @@ class Clean:
         self.tokens: list[int] = []
         self.sources: list[str] = []
         self.signatures = bytearray(), bytearray()
+        self.keys = bytearray(), bytearray()
         self.given_turns = False
 
     def add(self, item: Scanned) -> None:
@@ -199,9 +118,10 @@ class Clean:
         self.sources.append(item.source)
         self.signatures[0].extend(item.sample_signature)
         self.signatures[1].extend(item.prompt_signature)
-        self.given_turns |= (
-            b'"loss": false' in item.row
-        )  # a quote inside a text is written \", so this is the key
+        self.keys[0].extend(item.letters_key[:8])
+        self.keys[1].extend(item.prompt_key[:8])
+        # A quote inside a text is written \", so this is the key.
+        self.given_turns |= b'"loss": false' in item.row
         self.spool.write(item.row + b"\n" + item.preview.encode() + b"\n")
 
     def row(self, position: int) -> bytes:
@@ -212,62 +132,89 @@ class Clean:
         self.row(position)
         return self.spool.readline().decode()
 
-    def matrix(self, which: int) -> np.ndarray:
-        """Signatures, (N, PERMUTATIONS) uint32: 0 of whole samples, 1 of prompts."""
-        return np.frombuffer(self.signatures[which], dtype=np.uint32).reshape(-1, PERMUTATIONS)
+    def categories(self, data: DataConfig | None, listed_in: str | None) -> list[str]:
+        """Category of each sample. Raises InputError for a source that `data` does not list."""
+        if not data:
+            return [source or "all" for source in self.sources]
+        known = {source.name: source.category for source in data.sources}
+        for source in dict.fromkeys(self.sources):
+            if source not in known:
+                raise InputError(
+                    f"{listed_in}: no source '{source}', which the samples name; add it to 'sources'"
+                )
+        return [known[source] for source in self.sources]
+
+    def duplicates(self, config: DedupConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`near_duplicates` of these samples."""
+        samples, prompts = (
+            np.frombuffer(buffer, dtype=np.uint32).reshape(-1, PERMUTATIONS) for buffer in self.signatures
+        )
+        letters, keys = (np.frombuffer(buffer, dtype=np.uint64) for buffer in self.keys)
+        return near_duplicates(samples, prompts, config, letters, keys)
 
 
-def scan(paths: list[str], config: CurateConfig, workers: int, spool: BinaryIO, tally: Tally) -> Clean:
-    """Read all inputs; clean samples without exact duplicates. What is dropped goes into `tally`."""
+def scan(
+    paths: list[str], config: CurateConfig, model: str | None, workers: int, spool: BinaryIO, tally: Tally
+) -> Clean:
+    """Read all inputs; clean samples without exact duplicates. What is dropped goes into `tally`.
+
+    Raises InputError if more than MOST_FOREIGN of the samples have ids of another tokenizer.
+    """
     questions = Questions(config.exclude, config.dedup.question_overlap)
+    rules = Rules(config.clean, questions, Spelling(model) if model else None)
     clean, seen, seen_prompts = Clean(spool), set(), set()
-    _start(config, questions)
-    pool = multiprocessing.Pool(workers, _start, (config, questions)) if workers > 1 else None
+    first_foreign, read = None, 0
+    _start(rules)
+    pool = multiprocessing.Pool(workers, _start, (rules,)) if workers > 1 else None
     try:
         results = pool.imap(_scan_chunk, chunks(paths)) if pool else map(_scan_chunk, chunks(paths))
         with tqdm(desc="curate", unit="sample", disable=None) as bar:
-            for chunk in results:
-                for item in chunk:
-                    reason = item.reason
-                    if reason is None and item.key in seen:
-                        reason = "exact_duplicate"
-                    elif (
-                        reason is None
-                        and config.dedup.prompt_threshold is not None
-                        and item.prompt_key in seen_prompts
-                    ):
-                        reason = "same_prompt"
-                    if reason:
-                        tally.drop(reason, item.source, item.tokens, item.preview)
-                        continue
-                    seen.add(item.key)
-                    seen_prompts.add(item.prompt_key)
-                    clean.add(item)
-                bar.update(len(chunk))
+            for item in itertools.chain.from_iterable(results):
+                read += 1
+                bar.update()
+                reason = item.reason
+                if reason is None and item.key in seen:
+                    reason = "exact_duplicate"
+                elif reason is None and item.prompt_key in seen_prompts:
+                    reason = "same_prompt" if config.dedup.prompt_threshold is not None else None
+                if reason:
+                    tally.drop(reason, item.source, item.tokens, item.preview)
+                    if reason in FOREIGN:
+                        first_foreign = first_foreign or f"{json.loads(item.preview)[0]}: {FOREIGN[reason]}"
+                    continue
+                seen.add(item.key)
+                seen_prompts.add(item.prompt_key)
+                clean.add(item)
     finally:
         if pool:
             pool.terminate()
+    foreign = sum(tally.counts[reason] for reason in FOREIGN)
+    if foreign > MOST_FOREIGN * read:
+        raise InputError(
+            f"{first_foreign}, and so {foreign} of {read} samples; give the --model that they are of"
+        )
+    if foreign:
+        print(f"left out {foreign} of {read} samples, the first: {first_foreign}", file=sys.stderr)
     return clean
 
 
 def split(kept: np.ndarray, close: np.ndarray, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Positions for (train, eval). Only samples without a near neighbour may be held out."""
-    wanted = round(share * len(kept))
+    count = round(share * len(kept))
     lonely = [int(k) for k in kept if not close[k]]
-    if len(lonely) < wanted:
+    if len(lonely) < count:
         print(
-            f"eval.jsonl holds {len(lonely)} samples, not {wanted}: the others have near neighbours",
+            f"eval.jsonl holds {len(lonely)} samples, not {count}: the others have near neighbours",
             file=sys.stderr,
         )
-    held = set(random.Random(f"{seed} eval").sample(lonely, min(wanted, len(lonely))))
+    held = set(random.Random(f"{seed} eval").sample(lonely, min(count, len(lonely))))
     return [int(k) for k in kept if int(k) not in held], sorted(held)
 
 
 def write_rows(path: Path, clean: Clean, positions: list[int], seed: int) -> None:
     """Write the rows in an order shuffled by `seed`.
 
-    Where one row says `loss`, all have to: `datasets` fixes the keys of a message by the first 10 MB of the
-    file.
+    If one row says `loss`, all must: `datasets` fixes the keys of a message by the first 10 MB of the file.
     """
     order = list(positions)
     random.Random(f"{seed} order").shuffle(order)
@@ -283,58 +230,97 @@ def write_rows(path: Path, clean: Clean, positions: list[int], seed: int) -> Non
             out.write(line)
 
 
-def curate(paths: list[str], config: CurateConfig, out: Path, workers: int) -> dict:
+@dataclass
+class Parts:
+    """Positions of the clean samples: to train on, held out, and all that the mix could choose from."""
+
+    train: list[int]
+    held: list[int]
+    available: list[int]
+
+
+def choose_parts(clean: Clean, config: CurateConfig, data: DataConfig | None, tally: Tally) -> Parts:
+    """Near-duplicates out, eval split off, the rest mixed to the shares of `data`."""
+    twin, similarity, close = clean.duplicates(config.dedup)
+    for position in np.flatnonzero(twin >= 0).tolist():
+        pair = clean.preview(position), clean.preview(twin[position])
+        tally.drop(
+            "near_duplicate", clean.sources[position], clean.tokens[position], *pair, similarity[position]
+        )
+    available, held = split(np.flatnonzero(twin < 0), close, config.eval_share, config.seed)
+    if not (data and data.shares and available):
+        return Parts(available, held, available)
+    categories = clean.categories(data, config.data)
+    picked = choose(
+        [categories[k] for k in available],
+        [clean.tokens[k] for k in available],
+        data.shares,
+        data.samples,
+        config.seed,
+    )
+    return Parts([available[k] for k in picked], held, available)
+
+
+def curate(paths: list[str], config: CurateConfig, model: str | None, out: Path, workers: int) -> dict:
     """The whole pipeline; returns the counts that it writes to counts.json."""
     data = load_yaml(config.data, DataConfig) if config.data else None
     if data:
         data.check(str(config.data))
-    out.mkdir(parents=True, exist_ok=True)
     tally = Tally(config.seed)
-    with tempfile.TemporaryFile(dir=out) as spool:
-        clean = scan(paths, config, workers, spool, tally)
-        category = {source.name: source.category for source in data.sources} if data else {}
-        for source in Counter(clean.sources):
-            if data and source not in category:
-                raise InputError(
-                    f"{config.data}: no source '{source}', which the samples name; add it to 'sources'"
-                )
-        twin, similarity, close = near_duplicates(clean.matrix(0), clean.matrix(1), config.dedup)
-        for position in np.flatnonzero(twin >= 0).tolist():
-            pair = clean.preview(position), clean.preview(twin[position])
-            tally.drop(
-                "near_duplicate", clean.sources[position], clean.tokens[position], *pair, similarity[position]
-            )
-        train, held = split(np.flatnonzero(twin < 0), close, config.eval_share, config.seed)
-        categories = [category.get(source, source or "all") for source in clean.sources]
-        available = list(train)
-        if data and data.shares and train:
-            picked = choose(
-                [categories[k] for k in train],
-                [clean.tokens[k] for k in train],
-                data.shares,
-                data.samples,
-                config.seed,
-            )
-            train = [train[k] for k in picked]
-        if not train:
+    with tempfile.TemporaryFile(dir=out) as spool, staging(out) as new:
+        clean = scan(paths, config, model, workers, spool, tally)
+        categories = clean.categories(data, config.data)
+        parts = choose_parts(clean, config, data, tally)
+        if not parts.train:
             raise InputError(
                 f"{paths[0]}: no sample is left to train on ({tally.summary() or 'the file is empty'})"
             )
-        write_rows(out / "train.jsonl", clean, train, config.seed)
-        write_rows(out / "eval.jsonl", clean, held, config.seed)
-    facts = {
-        name: [(categories[k], clean.sources[k], clean.tokens[k]) for k in positions]
-        for name, positions in (("train", train), ("eval", held), ("available", available))
-    }
-    return write_report(out, tally, facts, data.shares if data else {})
+        write_rows(new / "train.jsonl", clean, parts.train, config.seed)
+        write_rows(new / "eval.jsonl", clean, parts.held, config.seed)
+        facts = {
+            name: [(categories[k], clean.sources[k], clean.tokens[k]) for k in positions]
+            for name, positions in (
+                ("train", parts.train),
+                ("eval", parts.held),
+                ("available", parts.available),
+            )
+        }
+        return write_report(new, tally, facts, data.shares if data else {})
+
+
+@contextlib.contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A hidden folder in `out`, whose files move there together at the end: a kill leaves the old ones."""
+    new = out / STAGING
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed; `out` is locked, so nobody writes it
+    new.mkdir()
+    try:
+        yield new
+        for path in new.iterdir():
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def model_of(paths: list[str]) -> str | None:
+    """Model folder that the inputs' records name; None if none does, or if it is not there any more."""
+    models = set()
+    for path in paths:
+        config = (read_record(record_of(path)) or {}).get("config")
+        model = config.get("model") if isinstance(config, dict) else None
+        if isinstance(model, str) and Path(model).is_dir():
+            models.add(model)
+    if len(models) > 1:
+        raise InputError(f"{paths[0]}: the inputs are of {' and '.join(sorted(models))}; give one --model")
+    return models.pop() if models else None
 
 
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.curate",
         "Clean, de-duplicate, split and mix distilled answers; write ms-swift's training files and a report.",
-        "python -m fastmtp.curate --input distilled.jsonl --recipe configs/curate.yaml --data configs/data/local.yaml \\\n"
-        "    --exclude bench/math_500.jsonl bench/mt_bench.jsonl --out data/mix",
+        "python -m fastmtp.curate --input distilled.jsonl --recipe configs/curate.yaml \\\n"
+        "    --data configs/data/local.yaml --exclude bench/math_500.jsonl --out data/mix",
     )
     p.add_argument(
         "--input", nargs="+", required=True, help="distilled samples, .jsonl or .jsonl.gz; better ones first"
@@ -344,6 +330,10 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--data", type=shipped, help="data set list with categories and token shares (configs/data/*.yaml)"
+    )
+    p.add_argument(
+        "--model",
+        help="the model that answered, to check ids (default: as the distiller recorded)",
     )
     p.add_argument("--exclude", nargs="+", help="question files of benchmarks: no such prompt is kept")
     p.add_argument("--out", required=True, help="folder for train.jsonl, eval.jsonl and the report")
@@ -358,27 +348,26 @@ def parser() -> Parser:
 def main(argv=None) -> None:
     args = parser().parse_args(argv)
     config = load_yaml(args.recipe, CurateConfig) if args.recipe else CurateConfig()
-    given = {name: getattr(args, name) for name in ("data", "exclude", "eval_share", "seed")}
+    options = {name: getattr(args, name) for name in ("data", "exclude", "eval_share", "seed")}
     config = dataclasses.replace(
-        config, **{name: value for name, value in given.items() if value is not None}
+        config, **{name: value for name, value in options.items() if value is not None}
     )
     if not 0 <= config.eval_share < 1:
         raise InputError(f"--eval-share must be at least 0 and below 1, not {config.eval_share}")
     at_least(args, 1, "workers")
     for path in args.input:
         existing(path)
+    model = args.model or model_of(args.input)
     out = Path(args.out)
-    try:
-        counts = curate(args.input, config, out, args.workers)
+    claim(out, folder=True)
+    for name in OUTPUTS:
+        check_output(out / name)
+    with disk_errors(out):
+        counts = curate(args.input, config, model, out, args.workers)
         inputs = [*args.input, *config.exclude, *filter(None, [args.recipe, config.data])]
-        write_provenance(out, dataclasses.asdict(config), inputs)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(f"{out}: the disk is full; free some space and run the same command again") from None
-    print(
-        f"{out}: {counts['train']['samples']} train, {counts['eval']['samples']} eval, dropped {counts['dropped']}"
-    )
+        write_provenance(out, {**dataclasses.asdict(config), "model": model}, inputs)
+    sizes = ", ".join(f"{counts[part]['samples']} {part}" for part in ("train", "eval"))
+    print(f"{out}: {sizes}, dropped {counts['dropped']}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,13 @@ def claim(output: str | Path, folder: bool = False, found: dict[str, object] | N
         raise InputError(
             f"{output}: another process is writing it; wait for it or give another --out"
         ) from None
-    if not os.fstat(handle).st_size or (found is not None and not output.exists()):
+    size = os.fstat(handle).st_size
+    known = read_record(record) if folder else None
+    gone = {name for name in (known or {}).get("others", []) if not (output / name).exists()}
+    if gone:  # their owner took them away: what comes under these names now is ours
+        known["others"] = [name for name in known["others"] if name not in gone]
+        os.pwrite(handle, json.dumps(known).encode().ljust(size), 0)
+    if not size or (found is not None and not output.exists()):
         others = sorted(p.name for p in output.iterdir() if p != record) if folder else []
         facts = {"command": command_line(), "others": others}
         with disk_errors(record):

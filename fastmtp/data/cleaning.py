@@ -29,7 +29,7 @@ REASONS = {
     "truncated": "generation stopped at the token limit, not at the end of the answer",
     "unfinished_think": "a <think> block that never closes",
     "too_short": "fewer answer tokens than clean.min_tokens",
-    "too_long": "more answer tokens than clean.max_tokens, or a whole chat longer than clean.max_total_tokens",
+    "too_long": "more answer tokens than clean.max_tokens, or a chat longer than clean.max_total_tokens",
     "loop": "the same words over and over, back to back",
     "repeated_lines": "mostly lines that were already there",
     "repeated_ngrams": "mostly word sequences that were already there",
@@ -101,7 +101,7 @@ def unfinished_think(answer: str) -> bool:
 
 
 def wrong_language(text: str, lang: str) -> bool:
-    """True when the prose of `text` is in another language; code is no prose, and a few letters prove
+    """True if the prose of `text` is in another language; code is no prose, and a few letters prove
     nothing.
 
     Names and terms in Latin script outnumber the rest in many a good Chinese answer, so a fifth of the words
@@ -128,7 +128,7 @@ def repetition(answer: str, config: CleanConfig) -> str | None:
 
 
 def _loops(sequence: np.ndarray, config: CleanConfig) -> bool:
-    """A unit of p words repeated r times is a stretch of (r - 1) p positions equal to the one p further on."""
+    """A unit of p words repeated r times: (r - 1) p positions in a row equal the one p further on."""
     for period in range(1, min(config.loop_period, len(sequence) // 2) + 1):
         needed = max((config.loop_repeats - 1) * period, config.loop_words - period)
         if needed > len(sequence) - period:

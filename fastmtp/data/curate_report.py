@@ -8,14 +8,19 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from fastmtp.data.cleaning import REASONS
+from fastmtp.data.scan import FOREIGN
 from fastmtp.files import atomic, write_json
 
-ALL_REASONS = REASONS | {
-    "benchmark": "its prompt contains a question of an excluded benchmark",
-    "exact_duplicate": "the same words as an earlier sample",
-    "same_prompt": "the same prompt as an earlier sample, answered differently",
-    "near_duplicate": "nearly the same words as an earlier sample, or nearly the same prompt",
-}
+ALL_REASONS = (
+    REASONS
+    | FOREIGN
+    | {
+        "benchmark": "its prompt contains a question of an excluded benchmark",
+        "exact_duplicate": "the same words, numbers and operators as an earlier sample",
+        "same_prompt": "the same prompt as an earlier sample, answered differently",
+        "near_duplicate": "nearly the same words as an earlier sample, or nearly the same prompt",
+    }
+)
 EXAMPLES = 5
 
 
@@ -40,7 +45,7 @@ class Tally:
         twin: str | None = None,
         similarity: float = 0.0,
     ) -> None:
-        """Count one dropped sample; `twin` is the preview of the sample that it repeats, where there is one."""
+        """Count one dropped sample; `twin` is the preview of the sample that it repeats, if any."""
         self.counts[reason] += 1
         self.by_source[source, reason] += 1
         self.tokens.append(tokens)
@@ -110,8 +115,10 @@ def _markdown(counts: dict, tally: Tally) -> str:
     lines = [
         "# Curation report",
         "",
-        f"{read:,} samples read; {train['samples']:,} in train.jsonl ({train['tokens']:,} answer tokens), "
-        f"{held['samples']:,} in eval.jsonl ({held['tokens']:,}), {sum(counts['dropped'].values()):,} dropped, "
+        f"{read:,} samples read; "
+        f"{train['samples']:,} in train.jsonl ({train['tokens']:,} answer tokens), "
+        f"{held['samples']:,} in eval.jsonl ({held['tokens']:,}), "
+        f"{sum(counts['dropped'].values()):,} dropped, "
         f"{counts['left_over_by_the_mix']:,} clean ones left over by the mix.",
         "",
         "## Dropped",
@@ -162,10 +169,7 @@ def _code(text: str) -> str:
 
 def _lengths(path: Path, tally: Tally, train: list[tuple[str, str, int]]) -> None:
     """Histogram of answer lengths: the training set by category, and what was dropped."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from fastmtp.plots import plt, save  # matplotlib is heavy
 
     groups = {name: [row[2] for row in train if row[0] == name] for name in sorted({row[0] for row in train})}
     longest = max([row[2] for row in train] + tally.tokens + [2])
@@ -185,10 +189,11 @@ def _lengths(path: Path, tally: Tally, train: list[tuple[str, str, int]]) -> Non
             label=f"dropped ({len(tally.tokens):,})",
         )
     axes.set(
-        xscale="log", xlabel="answer tokens a sample", ylabel="samples", title="Answer lengths in train.jsonl"
+        xscale="log",
+        xlabel="answer tokens per sample",
+        ylabel="samples",
+        title="Answer lengths in train.jsonl",
     )
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(fontsize="small")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    save(figure, path)

@@ -1,9 +1,10 @@
 """Near-duplicates by MinHash (datasketch) and banding, and contamination by benchmark questions.
 
-A sample is the set of its neighbouring word pairs. Editing a tenth of the words leaves about 0.7 of Jaccard
-similarity and seldom less than 0.65, while different samples seldom pass 0.5; 0.62 parts them. Prompts are
-compared by themselves as well: a model asked nearly the same thing twice answers in different words, and both
-answers teach the same thing.
+A sample is the set of its neighbouring pairs of units: words, numbers and operators (units.py). Editing a
+tenth of the words leaves about 0.7 of Jaccard similarity and seldom less than 0.65, while different samples
+seldom pass 0.5; 0.62 parts them. Prompts are compared by themselves as well: a model asked nearly the same
+thing twice answers in different words, and both answers teach the same thing. Prompts that differ in numbers
+and operators alone are different questions, however long the words around them.
 
 datasketch gives the signatures; the banding is in NumPy, one band at a time, because an index of Python sets
 costs 10 kB a sample (measured: 1 GB for 100,000) against 0.5 kB for the signature itself.
@@ -18,15 +19,14 @@ import numpy as np
 from datasketch import MinHash
 
 from fastmtp.cli import InputError
-from fastmtp.data.cleaning import words
+from fastmtp.data.messages import check_messages
+from fastmtp.data.units import units
 from fastmtp.files import read_jsonl
 
 PERMUTATIONS = 128
-BANDS, ROWS = (
-    32,
-    4,
-)  # two samples of similarity s meet in some band with probability 1 - (1 - s^4)^32: 99 % at 0.6
-CROWD = 200  # a band's bucket beyond this size is boilerplate; its members are compared with the first and the next only
+# Two samples of similarity s meet in some band with probability 1 - (1 - s^4)^32: 99 % at 0.6.
+BANDS, ROWS = 32, 4
+CROWD = 200  # larger buckets of a band are boilerplate: members are compared with the first and the next only
 
 
 @dataclass
@@ -39,7 +39,7 @@ class DedupConfig:
     )
     split_margin: float = 0.1  # eval takes no sample that comes within this margin of a train sample
     question_overlap: float = (
-        0.5  # share of a benchmark question's word triples that makes a prompt contaminated
+        0.5  # share of a benchmark question's triples of units that makes a prompt contaminated
     )
 
 
@@ -48,16 +48,14 @@ _PERMUTATIONS = MinHash(num_perm=PERMUTATIONS, seed=1, scheme="affine32").permut
 
 
 def shingles(text: str, n: int) -> np.ndarray:
-    """Hashes of the distinct n-word sequences of a text, sorted, uint32; a shorter text counts as one
-    sequence.
-    """
-    found = words(text) or [text.strip()]
-    grams = zip(*(found[i:] for i in range(n)), strict=False) if len(found) >= n else [found]
+    """Hashes of the distinct sequences of n units, sorted, uint32; a shorter text counts as one sequence."""
+    parts = units(text)
+    grams = zip(*(parts[i:] for i in range(n)), strict=False) if len(parts) >= n else [parts]
     return np.unique(np.fromiter((zlib.crc32(" ".join(gram).encode()) for gram in grams), dtype=np.uint32))
 
 
 def signature(text: str) -> np.ndarray:
-    """MinHash signature of a text's word pairs: (PERMUTATIONS,) uint32."""
+    """MinHash signature of a text's pairs of units: (PERMUTATIONS,) uint32."""
     sketch = MinHash(hashfunc=int, permutations=_PERMUTATIONS, scheme="affine32", num_perm=PERMUTATIONS)
     sketch.update_batch(shingles(text, 2))
     return sketch.hashvalues
@@ -96,12 +94,17 @@ def _members(bucket: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_duplicates(
-    samples: np.ndarray, prompts: np.ndarray, config: DedupConfig
+    samples: np.ndarray,
+    prompts: np.ndarray,
+    config: DedupConfig,
+    letters: np.ndarray | None = None,
+    keys: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which samples to drop: the earlier of two near-duplicates stays, and nothing falls for one that fell
     itself.
 
-    `samples` and `prompts` are signatures, (N, PERMUTATIONS) uint32. Returns three (N,) arrays: `twin` int64,
+    `samples` and `prompts` are signatures, (N, PERMUTATIONS) uint32; `letters` and `keys` are digests of the
+    prompts' words and of all their units, (N,). Returns three (N,) arrays: `twin` int64,
     the kept sample that this one nearly repeats, -1 where it stays; `similarity` float64 to that twin;
     `close` bool, kept samples with a kept neighbour inside the split margin.
     """
@@ -112,6 +115,8 @@ def near_duplicates(
         )
     i, j, score = (np.concatenate([pairs[k] for pairs in found]) for k in range(3))
     enough = np.concatenate([pairs[2] >= pairs[3] for pairs in found])
+    if letters is not None:  # the same words with other numbers or operators: another question
+        enough &= (letters[i] != letters[j]) | (keys[i] == keys[j])
     twin = np.full(len(samples), -1, dtype=np.int64)
     similarity = np.zeros(len(samples))
     order = np.lexsort((-score, j))
@@ -126,10 +131,29 @@ def near_duplicates(
     return twin, similarity, close
 
 
-class Questions:
-    """The benchmark questions that no prompt may contain: an index from word triples to questions."""
+FIELDS = ("turns", "question_content", "problem", "question", "prompt", "messages")
 
-    FIELDS = ("turns", "question_content", "problem", "question", "prompt", "messages")
+
+def _question_texts(row: dict, place: str) -> list[str]:
+    """What a benchmark asks in one row: its first turn, and by itself the question under a passage."""
+    name = next((name for name in FIELDS if row.get(name)), None)
+    if name is None:
+        raise InputError(f"{place}: no question found; expected one of the fields {', '.join(FIELDS)}")
+    value = row[name]
+    if name == "messages":
+        value = [message["content"] for message in check_messages(value, place) if message["role"] == "user"]
+    # Only the first turn stands alone: "Explain your answer." is nobody's.
+    first = value[0] if isinstance(value, list) and value else value
+    first = first.get("content") if isinstance(first, dict) else first
+    if not isinstance(first, str) or not first.strip():
+        raise InputError(f"{place}: '{name}' does not begin with a text; fix or remove this line")
+    text = first.strip()
+    last = text.rpartition("\n")[2]
+    return [text, last] if last != text and last.endswith(("?", "\uff1f")) else [text]
+
+
+class Questions:
+    """The benchmark questions that no prompt may contain: an index from triples of units to questions."""
 
     def __init__(self, paths: list[str], overlap: float):
         self.overlap = overlap
@@ -137,7 +161,7 @@ class Questions:
         grams: list[np.ndarray] = []
         for path in paths:
             for number, row in read_jsonl(path):
-                for text in self._texts(row, f"{path}:{number}"):
+                for text in _question_texts(row, f"{path}:{number}"):
                     self.names.append(f"{path}:{number}")
                     grams.append(shingles(text, 3))
         self.sizes = np.array([len(g) for g in grams], dtype=np.int64)
@@ -146,26 +170,12 @@ class Questions:
         self.grams = flat[order]
         self.owners = np.repeat(np.arange(len(grams)), self.sizes)[order]
 
-    def _texts(self, row: dict, where: str) -> list[str]:
-        for name in self.FIELDS:
-            if value := row.get(name):
-                turns = value if isinstance(value, list) else [value]
-                if name == "messages":
-                    turns = [message["content"] for message in value if message.get("role") == "user"]
-                # Only the first turn stands alone ("Explain your answer." is nobody's), and the question
-                # under a passage.
-                text = str(turns[0]).strip() if turns else ""
-                last = text.rpartition("\n")[2]
-                return [text, last] if last != text and last.endswith(("?", "\uff1f")) else [text]
-        raise InputError(f"{where}: no question found; expected one of the fields {', '.join(self.FIELDS)}")
-
     def find(self, prompt: str) -> str | None:
         """`file:line` of a benchmark question that `prompt` contains, None when there is none.
 
-        Half of a question's word triples (`overlap`) are enough, so that rewording a few words does not hide
-        it, but
-        at least six: "what is the meaning of ..." is half of a short question and says nothing. A question of
-        fewer triples has to be there whole.
+        Half of a question's triples of units (`overlap`) are enough, so that rewording a few words does not
+        hide it, but at least six: "what is the meaning of ..." is half of a short question and says nothing.
+        A question of fewer triples must be there whole.
         """
         if not self.names:
             return None

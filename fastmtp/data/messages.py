@@ -89,9 +89,9 @@ def check_ids(ids: object, name: str, place: str) -> list[int]:
     if not isinstance(ids, list):
         raise InputError(f"{place}: '{name}' must be a list of token ids, not {_kind(ids)}; fix this line")
     for value in ids:
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < 1 << 31:
             raise InputError(
-                f"{place}: '{name}' holds {value!r}, which is no token id; fix or remove this line"
+                f"{place}: '{name}' holds {value!r:.40}, which is no token id; fix or remove this line"
             )
     return ids
 

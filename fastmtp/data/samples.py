@@ -91,9 +91,20 @@ def _check_spelling(tokenizer, ids: list[int], message: dict, place: str) -> Non
     text = message.get("content")
     if not isinstance(text, str) or not text.strip():
         return
-    spelt = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    own = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
-    if spelt.strip() not in (text.strip(), own.strip()):
+    if not spells(tokenizer, ids, text):
         raise InputError(
             f"{place}: `output_ids` spell other text than the answer beside them; distil with this model"
         )
+
+
+def spells(tokenizer, ids: list[int], text: str) -> bool:
+    """Whether `ids` are `text`, as the tokenizer writes it; spaces and special tokens apart."""
+    spelt = _packed(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    if spelt == _packed(text):
+        return True
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]  # a tokenizer may normalise what it reads
+    return spelt == _packed(tokenizer.decode(own, skip_special_tokens=True))
+
+
+def _packed(text: str) -> str:
+    return "".join(text.split())
