@@ -9,8 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastmtp.checkout import checkout
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.files import checkout
 
 
 def _experiment():

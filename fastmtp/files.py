@@ -18,9 +18,7 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 import zlib
@@ -28,13 +26,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fastmtp import fingerprint
+from fastmtp.checkout import checkout, command_line, git_state
 from fastmtp.cli import InputError
 
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def existing(path: str | Path, what: str = "file") -> Path:
-    """`path` as a Path; raises InputError where nothing lies."""
+    """`path` as a Path; raises InputError if there is none."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such {what}; check the path")
@@ -42,16 +41,6 @@ def existing(path: str | Path, what: str = "file") -> Path:
 
 
 SHIPPED = ("configs", "examples", "vocab")  # folders of the checkout that an installed package carries too
-
-
-def checkout() -> Path | None:
-    """The root of the checkout that this code runs from; None for an installed package."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        project = (root / "pyproject.toml").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return root if 'name = "fastmtp"' in project else None
 
 
 def resource(path: str | Path) -> Path:
@@ -109,7 +98,7 @@ def json_object(line: bytes, place: str) -> dict:
     except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
         raise InputError(f"{place}: JSON that is too large or too deeply nested; remove it") from None
     if not isinstance(row, dict):
-        raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}; fix it")
+        raise InputError(f"{place}: expected a JSON object, not {type(row).__name__}; fix it")
     return row
 
 
@@ -130,7 +119,9 @@ def read_record(path: Path) -> dict | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("command"), str) else None
+    ours = isinstance(record, dict) and isinstance(record.get("command"), str)
+    # `command` alone is a word that other tools' records use too.
+    return record if ours and (isinstance(record.get("others"), list) or "versions" in record) else None
 
 
 def is_ours(path: Path) -> bool:
@@ -289,22 +280,22 @@ def write_jsonl(path: str | Path, rows: Iterator[dict] | list[dict]) -> None:
 
 @contextlib.contextmanager
 def growing(
-    path: str | Path, found: dict[str, object], key: str = "id"
+    path: str | Path, facts: dict[str, object], key: str = "id"
 ) -> Iterator[tuple[dict[str, dict], Callable[[dict], None]]]:
     """A jsonl output that grows row by row and survives an interruption.
 
-    found: the fingerprint of what its rows depend on. Gives (rows already there by their `key`, write). Rows
-    go to a hidden file beside `path`, named by `found` so that other settings start afresh; it becomes `path`
+    facts: the fingerprint of what its rows depend on. Gives (rows already there by their `key`, write). Rows
+    go to a hidden file beside `path`, named by `facts` so that other settings start afresh; it becomes `path`
     when the block ends without an error. A last line cut by a kill is dropped. A finished `path` whose record
     has the same fingerprint counts as done; a difference is said by name.
     """
     path = Path(path)
     claim(path)
-    partial = path.with_name(f".{path.name}.{fingerprint.digest(found)[:12]}.partial")
+    partial = path.with_name(f".{path.name}.{fingerprint.digest(facts)[:12]}.partial")
     record = read_record(record_of(path)) or {}
     if path.exists() and not partial.exists():
         before = record.get("fingerprint") or {}
-        changed = fingerprint.differences(before, found)
+        changed = fingerprint.differences(before, facts)
         if not changed:
             shutil.copyfile(path, partial)
         elif before:
@@ -320,7 +311,7 @@ def growing(
 
         yield done, write
     # The record speaks of the old rows: a kill between these two lines must not leave it beside the new ones.
-    _rewrite(record_of(path), {"command": command_line()})
+    _rewrite(record_of(path), {"command": command_line(), "others": []})
     os.replace(partial, path)
 
 
@@ -346,65 +337,10 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def command_line() -> str:
-    """The command that is running, as a user would type it: no paths of this installation, no keys."""
-    program, words = Path(sys.argv[0]), _without_keys(sys.argv[1:])
-    if not program.is_absolute() and not program.exists():  # -c, or a bare name
-        return shlex.join(["python", sys.argv[0], *words])
-    root = Path(__file__).resolve().parents[1]
-    program = program.resolve()
-    if program.is_relative_to(root) and program.suffix == ".py":
-        parts = program.relative_to(root).with_suffix("").parts
-        if all(part.isidentifier() for part in parts):
-            # `-m fastmtp.x` runs anywhere; the file's path would only tell whose machine this was.
-            return shlex.join(["python", "-m", ".".join(parts).removesuffix(".__main__"), *words])
-    return shlex.join([program.name, *words])  # `fastmtp distill ...`, or somebody's own program
-
-
-def _without_keys(words: list[str]) -> list[str]:
-    """Command-line words with every API key replaced: a record is passed on, a key is not."""
-    before = ["", *words][: len(words)]
-    return [
-        "***"
-        if re.fullmatch("--(admin-)?api-key", flag)
-        else re.sub("(?s)(--(admin-)?api-key=).*", r"\1***", word)
-        for flag, word in zip(before, words, strict=True)
-    ]
-
-
-def git_state() -> dict[str, object]:
-    """{"git_commit", "git_dirty"} of this checkout; None for both if there is none of our own.
-
-    A package installed inside somebody's repository, or copied into it, must not report that repository.
-    """
-    unknown = {"git_commit": None, "git_dirty": None}
-    root = checkout()
-    # A hook's GIT_DIR or GIT_WORK_TREE would speak of the repository that the hook runs in.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def ask(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", root, *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-
-    if root is None:
-        return unknown
-    try:
-        if Path(ask("rev-parse", "--show-toplevel").strip()).resolve() != root:
-            return unknown
-        commit = ask("rev-parse", "HEAD").strip()
-        changes = [line[:2] + line[3:].strip('"') for line in ask("status", "--porcelain").splitlines()]
-    except (OSError, subprocess.CalledProcessError):
-        return unknown
-    # A new file counts if it may be code; data, runs and results of one's own do not.
-    code = tuple(f"??{folder}/" for folder in ("fastmtp", "evaluation", "benchmarks"))
-    dirty = any(not line.startswith("??") or line.startswith(code) for line in changes)
-    return {"git_commit": commit, "git_dirty": dirty}
-
-
 def provenance(
-    config: dict, inputs: Sequence[str | Path] = (), found: dict[str, object] | None = None
+    config: dict, inputs: Sequence[str | Path] = (), facts: dict[str, object] | None = None
 ) -> dict:
-    """What made an output: command, resolved config, hashes of the input files, versions, git commit; `found`
+    """What made an output: command, resolved config, hashes of the input files, versions, git commit; `facts`
     is the fingerprint by which a later run knows whether it may keep the output.
     """
     versions = {"python": platform.python_version()}
@@ -414,7 +350,7 @@ def provenance(
     return {
         "command": command_line(),
         "config": config,
-        **({"fingerprint": found} if found is not None else {}),
+        **({"fingerprint": facts} if facts is not None else {}),
         "inputs": {str(p): sha256(p) for p in map(Path, inputs) if p.is_file()},
         "versions": versions,
         **git_state(),
@@ -426,26 +362,26 @@ def write_provenance(
     output: str | Path,
     config: dict,
     inputs: Sequence[str | Path] = (),
-    found: dict[str, object] | None = None,
+    facts: dict[str, object] | None = None,
 ) -> None:
     """Write the record of a finished output (see `record_of`); whoever claimed it lets go."""
     output = Path(output)
     record = record_of(output)
     others = (read_record(record) or {}).get("others", [])
-    facts = provenance(config, inputs, found) | ({"others": others} if others else {})
+    content = provenance(config, inputs, facts) | ({"others": others} if others else {})
     if output.is_dir():
-        facts["files"] = sorted({*(p.name for p in output.iterdir()), record.name} - {*others})
+        content["files"] = sorted({*(p.name for p in output.iterdir()), record.name} - {*others})
     if record.exists() and read_record(record) is None and record.stat().st_size:
         raise InputError(f"{record}: not a record of this project; give another --out")
-    _rewrite(record, facts)
+    _rewrite(record, content)
     release(output)
 
 
-def _rewrite(record: Path, facts: dict) -> None:
+def _rewrite(record: Path, content: dict) -> None:
     temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
     with disk_errors(record):
         try:
-            temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(temporary, record)
         finally:
             temporary.unlink(missing_ok=True)

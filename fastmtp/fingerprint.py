@@ -3,8 +3,8 @@
 Every key that decides whether a kept result may be used again is made here. Names and times say nothing: a
 folder that was copied or touched is the same, a head exchanged under the same name is another.
 
-    found = fingerprint({"model": folder, "token map": path}, {"dtype": "float32", "num_steps": 3})
-    differences(before, found)      # ["model: other content", "num_steps: 3 -> 5"]
+    facts = fingerprint({"model": folder, "token map": path}, {"dtype": "float32", "num_steps": 3})
+    differences(before, facts)      # ["model: other content", "num_steps: 3 -> 5"]
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ def fingerprint(contents: Mapping[str, Content], settings: Mapping[str, object])
     twice = contents.keys() & settings.keys()
     if twice:
         raise ValueError(f"named twice: {', '.join(sorted(twice))}")
-    return {name: _tag(given) for name, given in contents.items()} | json.loads(json.dumps(dict(settings)))
+    return {name: _tag(source) for name, source in contents.items()} | json.loads(json.dumps(dict(settings)))
 
 
-def _tag(given: Content) -> str | None:
-    if not given:
+def _tag(source: Content) -> str | None:
+    if not source:
         return None
-    if isinstance(given, (str, Path)):
-        return f"sha256:{content(given)}"
-    return f"sha256:{_digest([content(path) for path in given])}"
+    if isinstance(source, (str, Path)):
+        return f"sha256:{content(source)}"
+    return f"sha256:{_digest([content(path) for path in source])}"
 
 
-def digest(found: Mapping[str, object]) -> str:
+def digest(facts: Mapping[str, object]) -> str:
     """A fingerprint as 16 hex digits."""
-    return _digest(dict(found))[:16]
+    return _digest(dict(facts))[:16]
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """What is not the same in two fingerprints, in words, one entry a name."""
+    """What is not the same in two fingerprints, in words, one entry per name."""
     words = []
     for name in dict.fromkeys([*before, *now]):
         old, new = before.get(name), now.get(name)

@@ -111,7 +111,7 @@ def test_growing_a_finished_file_counts_as_done_under_the_same_settings_only(tmp
     path, config = tmp_path / "x.jsonl", {"seed": 0}
     with growing(path, config) as (_, write):
         write({"id": "a"})
-    write_provenance(path, config, found=config)
+    write_provenance(path, config, facts=config)
     with growing(path, config) as (done, _):
         assert set(done) == {"a"}
     with growing(path, {"seed": 2}) as (done, write):
@@ -206,14 +206,14 @@ def test_provenance_needs_no_git(monkeypatch):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A small checkout: what `files` imports, committed. Gives (folder, git_state in it)."""
+    """A small checkout: what tells its state, committed. Gives (folder, git_state in it)."""
     root = tmp_path / "clone"
     (root / "fastmtp").mkdir(parents=True)
-    for name in ("pyproject.toml", *(f"fastmtp/{n}.py" for n in ("__init__", "cli", "files", "fingerprint"))):
+    for name in ("pyproject.toml", *(f"fastmtp/{n}.py" for n in ("__init__", "checkout"))):
         shutil.copy(REPOSITORY / name, root / name)
 
     def state(**environment: str) -> dict:
-        code = "import json; from fastmtp.files import git_state; print(json.dumps(git_state()))"
+        code = "import json; from fastmtp.checkout import git_state; print(json.dumps(git_state()))"
         variables = {**os.environ, "PYTHONPATH": str(root), **environment}
         command = [sys.executable, "-c", code]
         return json.loads(subprocess.check_output(command, env=variables, cwd=tmp_path))
@@ -238,7 +238,7 @@ def test_git_state_of_a_clone(clone, tmp_path):
     (root / "fastmtp" / "new.py").write_text("x = 1\n")
     assert state() == clean | {"git_dirty": True}
     (root / "fastmtp" / "new.py").unlink()
-    (root / "fastmtp" / "cli.py").write_text((root / "fastmtp" / "cli.py").read_text() + "# x\n")
+    (root / "fastmtp" / "checkout.py").write_text((root / "fastmtp" / "checkout.py").read_text() + "# x\n")
     assert state() == clean | {"git_dirty": True}
     (tmp_path / "other").mkdir()
     commit_of_hook = {"GIT_DIR": str(tmp_path / "other" / ".git"), "GIT_WORK_TREE": str(tmp_path / "other")}
@@ -314,7 +314,17 @@ def test_a_file_added_to_a_folder_of_ours_is_not_swept_away(tmp_path):
     assert (tmp_path / "model" / "notes.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"name": "theirs"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "not JSON",
+        '{"name": "theirs"}',
+        '{"command": "python train.py"}',
+        '{"command": "make", "others": 3}',
+    ],
+)
 def test_a_run_json_of_another_kind_is_not_ours(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     (tmp_path / "x").write_text("precious")
@@ -350,7 +360,7 @@ def test_a_kill_before_the_record_is_written_leaves_no_false_record(tmp_path):
         with growing(path, {"seed": seed}) as (_, write):
             write({"id": "a", "seed": seed})
         if not seed:
-            write_provenance(path, {}, found={"seed": 0})
+            write_provenance(path, {}, facts={"seed": 0})
     with growing(path, {"seed": 0}) as (done, write):
         assert done == {}
 

@@ -70,7 +70,7 @@ def test_the_wheel_holds_every_shipped_file_and_no_other_package(wheel):
 
 
 def test_shipped_files_are_found_outside_the_checkout(installed):
-    code = "from fastmtp import files\n" + "\n".join(
+    code = "from fastmtp import checkout, files\n" + "\n".join(
         f"assert files.resource('{name}').is_file() and files.resource('{name}').is_absolute(), '{name}'"
         for name in (
             "configs/quickstart.yaml",
@@ -79,7 +79,7 @@ def test_shipped_files_are_found_outside_the_checkout(installed):
             "fastmtp/train.py",
         )
     )
-    result = installed("-c", code + "\nprint(files.checkout(), files.git_state())")
+    result = installed("-c", code + "\nprint(checkout.checkout(), checkout.git_state())")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "None {'git_commit': None, 'git_dirty': None}\n"
 
