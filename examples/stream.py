@@ -7,10 +7,28 @@ python examples/stream.py "Explain speculative decoding to a child."
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import os
 import sys
 import time
+from urllib.parse import urlsplit
 
 import openai
+
+
+def client(url: str, key: str | None) -> openai.OpenAI:
+    """A client for the server. One on this machine is asked directly, past any proxy of the environment."""
+    host = urlsplit(url).hostname or ""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    return openai.OpenAI(
+        base_url=url,
+        api_key=key or os.environ.get("OPENAI_API_KEY") or "none",
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(trust_env=not local),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,12 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:30000/v1")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--api-key", help="of the server; default: OPENAI_API_KEY, if it is set")
     args = parser.parse_args(argv)
 
-    client = openai.OpenAI(base_url=args.url, api_key="none", max_retries=0)
     started, first = time.perf_counter(), None
     try:
-        stream = client.chat.completions.create(
+        stream = client(args.url, args.api_key).chat.completions.create(
             model="default",
             messages=[{"role": "user", "content": args.prompt}],
             max_tokens=args.max_tokens,

@@ -140,7 +140,7 @@ def test_a_server_that_drafts_otherwise_than_the_arm_says(tokenizer, tmp_path):
 TEMPLATES = {
     "refuses a system turn": "{% for m in messages %}{% if m.role == 'system' %}"
     "{{ raise_exception('no system role') }}{% endif %}[{{ m.role }}] {{ m.content }} {% endfor %}",
-    "leaves it out": "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}{% endfor %}",
+    "leaves it out": "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}",
     "wants user first": "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}",
 }
