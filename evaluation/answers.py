@@ -24,18 +24,18 @@ class Answers:
     fingerprint, with what differs in words; `option` names the argument to change.
     """
 
-    def __init__(self, path: Path, found: dict[str, object], option: str):
-        self.path, self.settings, self.asked = path, digest(found), 0
+    def __init__(self, path: Path, depends: dict[str, object], option: str):
+        self.path, self.settings, self.asked = path, digest(depends), 0
         if path.exists():
             files.check_output(path)
             before = (files.read_record(files.record_of(path)) or {}).get("fingerprint")
             if not isinstance(before, dict):
                 raise InputError(f"{path}: nothing says what made its answers; give another {option}")
-            changed = differences(before, found)
+            changed = differences(before, depends)
             if changed:
                 words = "; ".join(changed)
                 raise InputError(f"{path}: made under other settings ({words}); give another {option}")
-        files.claim(path, found=found)
+        files.claim(path, depends=depends)
         self.rows = self._read() if path.exists() else {}
 
     def _read(self) -> dict[str, dict]:

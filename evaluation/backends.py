@@ -223,9 +223,9 @@ def _turn(last: dict, url: str, first_tokens: int, first_s: float, latency_s: fl
     if not isinstance(finish, dict):
         raise BackendError(f"{url}/generate: the stream ended before the answer did; see the server's log")
     if not isinstance(ids, list) or len(ids) != meta["completion_tokens"]:
-        found = len(ids) if isinstance(ids, list) else "no"
+        count = len(ids) if isinstance(ids, list) else "no"
         raise BackendError(
-            f"{url}/generate: {found} output_ids for {meta['completion_tokens']} tokens; "
+            f"{url}/generate: {count} output_ids for {meta['completion_tokens']} tokens; "
             "start the server without --incremental-streaming-output"
         )
     passes = meta.get("spec_verify_ct")
@@ -284,7 +284,7 @@ class Reference:
         self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> Turn:
         started, clock = time.time(), time.perf_counter()
-        found = speculative.generate(
+        result = speculative.generate(
             self.model,
             prompt_ids,
             max_new_tokens,
@@ -295,14 +295,14 @@ class Reference:
         )
         latency_s = time.perf_counter() - clock
         return Turn(
-            output_ids=list(found.ids),
-            text=self.model.tokenizer.decode(found.ids, skip_special_tokens=True),
+            output_ids=list(result.ids),
+            text=self.model.tokenizer.decode(result.ids, skip_special_tokens=True),
             prompt_tokens=len(prompt_ids),
-            verify_passes=found.verify_passes if self.num_steps else None,
-            histogram=list(found.histogram) if self.num_steps else [],
+            verify_passes=result.verify_passes if self.num_steps else None,
+            histogram=list(result.histogram) if self.num_steps else [],
             first_tokens=1,
-            first_s=found.prefill_s,
+            first_s=result.prefill_s,
             latency_s=latency_s,
             started=started,
-            finish="stop" if found.ids and found.ids[-1] in self.model.eos_ids else "length",
+            finish="stop" if result.ids and result.ids[-1] in self.model.eos_ids else "length",
         )

@@ -2,7 +2,7 @@
 
     python -m evaluation.charts results/NAME
 
-draws them again, or for the first time where the measuring machine had no matplotlib.
+draws them again, or for the first time if the measuring machine had no matplotlib.
 """
 
 from __future__ import annotations

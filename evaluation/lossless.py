@@ -55,7 +55,7 @@ class Backbone:
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:
-    """Index of the first differing token; the shorter length where one output only stops earlier; None if
+    """Index of the first differing token; the shorter length if one output only stops earlier; None if
     equal.
     """
     for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
@@ -67,7 +67,7 @@ def first_difference(ours: list[int], theirs: list[int]) -> int | None:
 def judge(
     backbone: Backbone, prompt: list[int], plain: list[int], drafted: list[int], tolerance: float
 ) -> dict | None:
-    """What happened at the first difference of two greedy outputs; None where there is none.
+    """What happened at the first difference of two greedy outputs; None if there is none.
 
     `margin`: top logit less the second; `plain_gap`, `drafted_gap`: top logit less that of the token each
     chose (None: that output ended there without an end token, which no rounding does). `rounding` is the

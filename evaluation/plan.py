@@ -125,7 +125,7 @@ def add_arguments(p: Parser) -> None:
     )
     p.add_argument("--tasks", default="all", help="all, or names separated by commas (default %(default)s)")
     p.add_argument("--question-folder", metavar="FOLDER", help="local TASK*.jsonl files instead of the Hub")
-    p.add_argument("--num-questions", type=int, default=80, help="of each task (default %(default)s)")
+    p.add_argument("--num-questions", type=int, default=80, help="per task (default %(default)s)")
     p.add_argument(
         "--max-gen-length", type=int, default=1024, help="tokens an answer may have (default %(default)s)"
     )

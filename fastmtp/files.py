@@ -158,11 +158,11 @@ def check_output(path: str | Path) -> None:
 _claimed: dict[Path, int] = {}  # records that this process holds open and locked, until it ends
 
 
-def claim(output: str | Path, folder: bool = False, found: dict[str, object] | None = None) -> None:
+def claim(output: str | Path, folder: bool = False, depends: dict[str, object] | None = None) -> None:
     """Say that this process writes `output`, before any work is done; keep other processes away from it.
 
     A file that is not ours stays untouched. With `folder`, a folder that holds somebody's files is shared,
-    and theirs are never replaced. (A folder that is written whole needs `check_output` alone.) `found`, the
+    and theirs are never replaced. (A folder that is written whole needs `check_output` alone.) `depends`, the
     fingerprint of a file that grows, is recorded at once if the file is not there yet. Raises InputError for
     an output that is not ours or that another process is writing.
     """
@@ -191,12 +191,12 @@ def claim(output: str | Path, folder: bool = False, found: dict[str, object] | N
     if gone:  # their owner took them away: what comes under these names now is ours
         known["others"] = [name for name in known["others"] if name not in gone]
         os.pwrite(handle, json.dumps(known).encode().ljust(size), 0)
-    if not size or (found is not None and not output.exists()):
+    if not size or (depends is not None and not output.exists()):
         others = sorted(p.name for p in output.iterdir() if p != record) if folder else []
         facts = {"command": command_line(), "others": others}
         with disk_errors(record):
             os.truncate(handle, 0)
-            os.write(handle, json.dumps(facts | ({} if found is None else {"fingerprint": found})).encode())
+            os.write(handle, json.dumps(facts | ({} if depends is None else {"fingerprint": depends})).encode())
     _claimed[record.absolute()] = handle
 
 
@@ -269,13 +269,13 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 def write_json(path: str | Path, value: object) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: str | Path, rows: Iterator[dict] | list[dict]) -> None:
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The paper's table for your model: sh scripts/evaluate.sh --model models/NAME --vanilla-model models/BASE --out results/NAME
+# The paper's table for your model:
+#     sh scripts/evaluate.sh --model models/NAME --vanilla-model models/BASE --out results/NAME
 # Give --arms, --tasks or any other flag of `python -m evaluation.run` to change the defaults below.
 set -eu
 cd "$(dirname "$0")/.."
