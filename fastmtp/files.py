@@ -196,7 +196,9 @@ def claim(output: str | Path, folder: bool = False, depends: dict[str, object] |
         facts = {"command": command_line(), "others": others}
         with disk_errors(record):
             os.truncate(handle, 0)
-            os.write(handle, json.dumps(facts | ({} if depends is None else {"fingerprint": depends})).encode())
+            os.write(
+                handle, json.dumps(facts | ({} if depends is None else {"fingerprint": depends})).encode()
+            )
     _claimed[record.absolute()] = handle
 
 
@@ -269,7 +271,9 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 def write_json(path: str | Path, value: object) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def write_jsonl(path: str | Path, rows: Iterator[dict] | list[dict]) -> None:
