@@ -183,8 +183,10 @@ def measure(args, words: int) -> str:
     print(f"missed pairs by source: {dict(missed)}", file=sys.stderr)
     average = sum(len(row["output_ids"]) for row in mixed) / len(mixed)
     return (
-        f"| {len(mixed):,} | {average:.0f} | {seconds:.0f} | {gigabytes:.2f} | {1 - missed.total() / len(pairs):.2%} "
-        f"| {wrong / len(kept):.3%} ({wrong}) | {sum(dropped.values()):,}: {', '.join(f'{r} {n:,}' for r, n in dropped.items())} |"
+        f"| {len(mixed):,} | {average:.0f} | {seconds:.0f} | {gigabytes:.2f} | "
+        f"{1 - missed.total() / len(pairs):.2%} "
+        f"| {wrong / len(kept):.3%} ({wrong}) | {sum(dropped.values()):,}: "
+        f"{', '.join(f'{r} {n:,}' for r, n in dropped.items())} |"
     )
 
 

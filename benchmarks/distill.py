@@ -45,7 +45,9 @@ class Clock(Journal):
 
 
 def figures(times: list[tuple[float, int]], started: float) -> dict:
-    """Prompts, tokens, seconds, tokens/s over all and between the first and the last quarter of the answers."""
+    """Prompts, tokens, seconds, tokens/s over all and between the first and the last quarter of the
+    answers.
+    """
     tokens, seconds = sum(n for _, n in times), times[-1][0] - started
     quarter = len(times) // 4
     middle = times[quarter : len(times) - quarter]
@@ -108,11 +110,13 @@ def report(rows: list[dict], start_s: float, answered: int) -> str:
     gpu = torch.cuda.get_device_properties(0)
     command = shlex.join(["python", *sys.argv]).replace(" --", " \\\n    --")
     return (
-        f"# Distillation speed\n\nMachine: {gpu.name} ({gpu.total_memory / 1e9:.0f} GB), {os.cpu_count()} cores. The engines took "
-        f"{start_s:g} s to start. {answered:,} prompts answered in all.\n\n```sh\n{command}\n```\n\n{HEAD}\n{RULE}\n"
+        f"# Distillation speed\n\nMachine: {gpu.name} ({gpu.total_memory / 1e9:.0f} GB), {os.cpu_count()} "
+        f"cores. The engines took "
+        f"{start_s:g} s to start. {answered:,} prompts answered in "
+        f"all.\n\n```sh\n{command}\n```\n\n{HEAD}\n{RULE}\n"
         + "\n".join(map(line, rows))
-        + "\n\nSeconds and tokens/s run from the first request to the last answer; the middle half leaves out how a run fills up and "
-        "runs dry.\n"
+        + "\n\nSeconds and tokens/s run from the first request to the last answer; the middle half leaves out "
+        "how a run fills up and runs dry.\n"
     )
 
 

@@ -24,7 +24,8 @@ from fastmtp.cli import InputError, Parser, run
 ADDED = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
+    "<|file_sep|>"
 ).split()
 SPECIAL = 14  # the first so many are special; the others are ordinary text to `skip_special_tokens`
 RANKS = 151643
@@ -65,7 +66,9 @@ def build(ranks: Path):
 
 
 def check(tokenizer, ranks: Path, path: Path) -> tuple[int, int]:
-    """(lines, tokens) of a text file on which tokenizers and tiktoken agree and decoding gives the text back."""
+    """(lines, tokens) of a text file on which tokenizers and tiktoken agree and decoding gives the text
+    back.
+    """
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX

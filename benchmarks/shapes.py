@@ -1,4 +1,5 @@
-"""Models' shapes; the bytes that a decoding cycle must read, from a shape alone; the accept lengths to assume.
+"""Models' shapes; the bytes that a decoding cycle must read, from a shape alone; the accept lengths to
+assume.
 
 At one stream a pass reads every weight once and computes next to nothing, so bytes over bandwidth bound its
 time.
@@ -139,7 +140,9 @@ PAPER = Rates(
 
 
 def read_rates(source: str) -> Rates:
-    """`paper`, or a results.jsonl of evaluation.run: its longest fastmtp arms, tasks pooled by verify passes."""
+    """`paper`, or a results.jsonl of evaluation.run: its longest fastmtp arms, tasks pooled by verify
+    passes.
+    """
     if source == "paper":
         return PAPER
     found: dict[str | None, tuple[int, list[tuple[float, list[float]]]]] = {}

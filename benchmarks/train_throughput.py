@@ -1,13 +1,14 @@
-"""Training speed of the head: tokens a second, useful TFLOP/s against the card's own matrix rate, and memory.
+"""Training speed of the head: tokens per second, useful TFLOP/s against the card's own matrix rate, and memory.
 
 Dummy weights of the real shape (bfloat16 backbone, float32 head under autocast), synthetic documents of 32 to
 4,096 tokens with a mean near 700, a quarter of each a prompt; the same documents and the same AdamW for both
 
-    ours         documents packed into rows of --packed-length, frozen backbone without a graph, `exact` attention on
-                 flash kernels, cross-entropy where targets are; a step of the optimiser each row
-    paper-style  as the paper's code and `swift sft`'s defaults have it: one document a batch, backward with gradient
-                 checkpointing through the frozen backbone, next-token logits computed (and weighted 0), float32 logits
-                 of every position at each step, `paper` attention; a step of the optimiser every eight documents
+    ours         documents packed into rows of --packed-length, frozen backbone without a graph, `exact`
+                 attention on flash kernels, cross-entropy at targets alone; one optimiser step per row
+    paper-style  as the paper's code and `swift sft`'s defaults have it: one document per batch, backward with
+                 gradient checkpointing through the frozen backbone, next-token logits computed (and weighted
+                 0), float32 logits of every position at each step, `paper` attention; one optimiser step per
+                 eight documents
 
 Useful operations are those that the result needs, whichever way it is computed: 2 a weight and token for the
 backbone's forward pass, and 4 * heads * head width for each visible pair of its attention; for the head three
@@ -230,9 +231,12 @@ def table(config: dict, rows: list[dict]) -> str:
     lines = [
         f"# Training throughput: {config['shape']}, K={config['num_steps']}",
         "",
-        f"{config['card']}, torch {config['torch']}. `python -m benchmarks.train_throughput --shape {config['shape']} "
-        f"--packed-length {config['packed_length']} --num-steps {config['num_steps']} --documents {config['documents']}"
-        f"{' --compile' if config['compile'] else ''}{' --recompute' if config['recompute'] else ''} --seed {config['seed']}`",
+        f"{config['card']}, torch {config['torch']}. `python -m benchmarks.train_throughput --shape "
+        f"{config['shape']} "
+        f"--packed-length {config['packed_length']} --num-steps {config['num_steps']} --documents "
+        f"{config['documents']}"
+        f"{' --compile' if config['compile'] else ''}{' --recompute' if config['recompute'] else ''} "
+        f"--seed {config['seed']}`",
         "",
         "| | tokens/s | useful TFLOP/s | share of the matrix rate | peak GiB above the weights |",
         "|---|---:|---:|---:|---:|",

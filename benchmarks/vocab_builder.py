@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = Parser(
         "python -m benchmarks.vocab_builder",
         "Time the token counter on your corpus.",
-        "python -m benchmarks.vocab_builder --tokenizer models/qwen2 --input 'pairs/*.jsonl.gz' --column response",
+        "python -m benchmarks.vocab_builder --tokenizer models/qwen2 --input 'pairs/*.jsonl.gz' --column "
+        "response",
     )
     p.add_argument("--tokenizer", required=True, help="model folder or Hub name")
     p.add_argument("--input", nargs="+", required=True, help="files or patterns, as for build_vocab")
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"workers {args.workers}: {megabytes:.1f} MB of text, {counts.tokens} tokens in {wall:.1f} s: "
         f"{megabytes / wall:.2f} MB/s, {counts.tokens / wall / 1e6:.2f}M tokens/s, {cpu / wall:.2f} cores, "
-        f"{megabytes / cpu:.2f} MB per core-second, peak memory {peak:.0f} MB ({before:.0f} MB before counting)"
+        f"{megabytes / cpu:.2f} MB per core-second, peak memory {peak:.0f} MB ({before:.0f} MB before "
+        f"counting)"
     )
 
 

@@ -3,7 +3,8 @@
 A draft outside the map cannot be made, however good the head; so a trained head lies between no drafts and
 this. The file has the form of fastmtp.acceptance's, for `benchmarks.dynamic_vocabulary.cost --taus`.
 
-    python -m benchmarks.dynamic_vocabulary.bound --tokenizer models/qwen --data heldout.jsonl --out bound_16k.json \\
+    python -m benchmarks.dynamic_vocabulary.bound --tokenizer models/qwen --data heldout.jsonl \\
+        --out bound_16k.json \\
         --token-maps en=vocab/qwen2/en_16k.pt,zh=vocab/qwen2/zh_16k.pt,mixed=vocab/qwen2/union_16k.pt
 """
 
@@ -52,7 +53,8 @@ def parser() -> Parser:
     p = Parser(
         "python -m benchmarks.dynamic_vocabulary.bound",
         "The accept length of a head that is always right, with each map and with the map of the language.",
-        "python -m benchmarks.dynamic_vocabulary.bound --tokenizer models/qwen --data heldout.jsonl --out bound_16k.json \\\n"
+        "python -m benchmarks.dynamic_vocabulary.bound --tokenizer models/qwen --data heldout.jsonl --out "
+        "bound_16k.json \\\n"
         "    --token-maps en=vocab/qwen2/en_16k.pt,zh=vocab/qwen2/zh_16k.pt,mixed=vocab/qwen2/union_16k.pt",
     )
     p.add_argument("--tokenizer", required=True, help="model or tokenizer folder")

@@ -1,7 +1,8 @@
 """Does a draft vocabulary that follows the language change the text, or draft outside its map? On a running
 SGLang.
 
-    python -m benchmarks.dynamic_vocabulary.check --model models/smollm2-fastmtp --token-maps en=en_16k.pt,zh=zh_16k.pt \\
+    python -m benchmarks.dynamic_vocabulary.check --model models/smollm2-fastmtp \\
+        --token-maps en=en_16k.pt,zh=zh_16k.pt \\
         --prompts en.jsonl.gz zh.jsonl.gz --out results/vocab_check
 
 Three servers in float32: with the following vocabulary (which stops at a draft outside the active map), with
@@ -118,8 +119,10 @@ def samples(prompts: list[list[int]], turns: list[Turn], langs: list[str]) -> li
 def parser() -> Parser:
     p = Parser(
         "python -m benchmarks.dynamic_vocabulary.check",
-        "Greedy outputs with a following draft vocabulary against the whole head's and plain ones. Flags after -- go to SGLang.",
-        "python -m benchmarks.dynamic_vocabulary.check --model models/smollm2-fastmtp --token-maps en=en_16k.pt,zh=zh_16k.pt \\\n"
+        "Greedy outputs with a following draft vocabulary against the whole head's and plain ones. Flags "
+        "after -- go to SGLang.",
+        "python -m benchmarks.dynamic_vocabulary.check --model models/smollm2-fastmtp --token-maps "
+        "en=en_16k.pt,zh=zh_16k.pt \\\n"
         "    --prompts general_en.jsonl.gz general_zh.jsonl.gz --out results/vocab_check",
     )
     p.add_argument("--model", required=True, metavar="FOLDER")
@@ -180,7 +183,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"benchmarks.dynamic_vocabulary.check: error: {error}")
     if sglang.VOCAB_READY not in log:
         sys.exit(
-            f"benchmarks.dynamic_vocabulary.check: error: SGLang does not use fastmtp.sglang_ext; {out}/dynamic.log says why"
+            f"benchmarks.dynamic_vocabulary.check: error: SGLang does not use fastmtp.sglang_ext; "
+            f"{out}/dynamic.log says why"
         )
     result = report(found, langs, log)
     write_json(
@@ -199,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(result["log"]))
     if result["outside_the_map"] or any(row["differences"] for row in result["ways"].values()):
         sys.exit(
-            f"benchmarks.dynamic_vocabulary.check: outputs differ or drafts were outside their map; see {out}/check.json"
+            f"benchmarks.dynamic_vocabulary.check: outputs differ or drafts were outside their map; see "
+            f"{out}/check.json"
         )
 
 

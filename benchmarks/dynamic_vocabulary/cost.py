@@ -1,7 +1,8 @@
 """What a draft vocabulary that follows the language costs and brings at a 7B shape: cycles measured, accept
 lengths given.
 
-    python -m benchmarks.dynamic_vocabulary.cost --sizes 16k,32k --unions 30301,52926 --out results/vocab_cost \\
+    python -m benchmarks.dynamic_vocabulary.cost --sizes 16k,32k --unions 30301,52926 \\
+        --out results/vocab_cost \\
         --taus 16k=taus_16k.json,32k=taus_32k.json
 
 First, without a server: the time of a switch, and of the draft's output head inside a CUDA graph that a
@@ -261,7 +262,8 @@ def read_taus(path: str) -> dict[str, dict[str, float]]:
         missing = {*LANGS, MIXED, UNION, AUTO, "full"} - counts.get(lang, {}).keys()
         if missing:
             raise InputError(
-                f"{path}: no rows for '{lang}' with {', '.join(sorted(missing))}; run acceptance with --token-maps"
+                f"{path}: no rows for '{lang}' with {', '.join(sorted(missing))}; run acceptance with "
+                f"--token-maps"
             )
     return {lang: {name: t / p for name, (t, p) in maps.items()} for lang, maps in counts.items()}
 
@@ -290,7 +292,8 @@ def markdown(report: dict) -> str:
         ]
         lines += ["|---|---:|---:|---:|---:|"]
         lines += [
-            f"| {r['name']} | {r['ms_per_cycle']:.3f} | {r['tokens_per_s']:.1f} | {r['spread']:.1f} | {r.get('switches', '')} |"
+            f"| {r['name']} | {r['ms_per_cycle']:.3f} | {r['tokens_per_s']:.1f} | {r['spread']:.1f} | "
+            f"{r.get('switches', '')} |"
             for r in report["arms"]
         ]
     if report["speeds"]:
@@ -300,7 +303,8 @@ def markdown(report: dict) -> str:
             "|---|---|---|---:|---:|---:|",
         ]
         lines += [
-            f"| {size_name(r['size'])} | {r['lang']} | {r['choice']} | {r['tau']:.3f} | {r['ms']:.3f} | {r['tokens_per_s']:.1f} |"
+            f"| {size_name(r['size'])} | {r['lang']} | {r['choice']} | {r['tau']:.3f} | {r['ms']:.3f} | "
+            f"{r['tokens_per_s']:.1f} |"
             for r in report["speeds"]
         ]
     return "\n".join(lines) + "\n"
@@ -309,8 +313,10 @@ def markdown(report: dict) -> str:
 def parser() -> Parser:
     p = Parser(
         "python -m benchmarks.dynamic_vocabulary.cost",
-        "Time of a switch, cycles of following and static draft vocabularies at 7B shape. Flags after -- go to SGLang.",
-        "python -m benchmarks.dynamic_vocabulary.cost --sizes 16k,32k --unions 30301,52926 --at-once 4 --out results/vocab_cost",
+        "Time of a switch, cycles of following and static draft vocabularies at 7B shape. Flags after -- "
+        "go to SGLang.",
+        "python -m benchmarks.dynamic_vocabulary.cost --sizes 16k,32k --unions 30301,52926 --at-once 4 "
+        "--out results/vocab_cost",
     )
     p.add_argument("--shape", choices=sorted(shapes.SHAPES), default="mimo-7b")
     p.add_argument("--sizes", default="16k,32k", help="rows of one language's map (default %(default)s)")

@@ -1,7 +1,8 @@
 """Speed at a shape whose weights are not at hand: dummy weights, SGLang's simulated accept length, one
 stream.
 
-    python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3 --maps full,32k --rates paper --out results/speed_7b
+    python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3 --maps full,32k --rates paper \\
+        --out results/speed_7b
 
 Drafting, verification and the draft's extension run as they would; only how many drafts count as accepted is
 drawn so that its mean is the accept length of `--rates`. So time a cycle is measured and accept length
@@ -138,7 +139,8 @@ def copy_bandwidth(size: int = 4 << 30, repeats: int = 20) -> float:
 def parser() -> Parser:
     p = Parser(
         "python -m benchmarks.speed.run",
-        "Tokens/s, ms a cycle and speed-up at a shape with dummy weights, for K and maps. Flags after -- go to SGLang.",
+        "Tokens/s, ms a cycle and speed-up at a shape with dummy weights, for K and maps. Flags after -- "
+        "go to SGLang.",
         "python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3,4,5,6,7 --maps full,8k,16k,32k,64k"
         " --out results/speed_7b",
     )
@@ -160,7 +162,8 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="NAME[:BASE]=FLAGS",
-        help="measure under these SGLang flags, VARIABLE=VALUE before them, against BASE's plain decoding or their own",
+        help="measure under these SGLang flags, VARIABLE=VALUE before them, against BASE's plain decoding or "
+        "their own",
     )
     p.add_argument(
         "--repeat-baseline", action="store_true", help="plain decoding once more at the end: drift"
@@ -339,8 +342,10 @@ def markdown(report: dict) -> str:
     lines = [
         f"# Speed at the shape of {report['shape']}, dummy weights",
         "",
-        f"{report['gpu']}, SGLang {report['sglang']}, one stream, accept lengths simulated from {report['rates']}. Prefill is left "
-        f"out. The bound is a cycle's bytes over a measured copy bandwidth of {report['points'][0]['copy_bandwidth'] / 1e12:.2f} TB/s.",
+        f"{report['gpu']}, SGLang {report['sglang']}, one stream, accept lengths simulated from "
+        f"{report['rates']}. Prefill is left "
+        f"out. The bound is a cycle's bytes over a measured copy bandwidth of "
+        f"{report['points'][0]['copy_bandwidth'] / 1e12:.2f} TB/s.",
         "",
         "| point | accept length | tok/s | speed-up | ms a cycle | GB a cycle | share of the bound |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -358,7 +363,8 @@ def markdown(report: dict) -> str:
         names = ", ".join(report["assumed"])
         lines += [
             "",
-            f"Nobody measured the acceptance of {names} here: one accept length is assumed, only the cost differs.",
+            f"Nobody measured the acceptance of {names} here: one accept length is assumed, only the cost "
+            f"differs.",
         ]
     return "\n".join(lines) + "\n"
 

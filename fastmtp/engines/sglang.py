@@ -98,7 +98,8 @@ def check_model(folder: str, num_steps: int, flags: Sequence[str] = ()) -> dict:
     config = read_json(path)
     if num_steps and "MiMoForCausalLM" not in (config.get("architectures") or []):
         raise InputError(
-            f"{path}: architectures is {config.get('architectures')}; export with fastmtp.export, or --no-spec"
+            f"{path}: architectures is {config.get('architectures')}; export with fastmtp.export, or "
+            f"--no-spec"
         )
     if num_steps and config.get("num_nextn_predict_layers") != 1:
         # SGLang would allocate the draft's KV cache for every layer of the backbone.
@@ -143,7 +144,8 @@ def check(
     tp = whole("--tp", said.get("--tp-size", tp))
     if token_map and tp > 1:
         raise InputError(
-            f"--token-map with --tp {tp}: SGLang indexes a head split over GPUs with whole-vocabulary ids and "
+            f"--token-map with --tp {tp}: SGLang indexes a head split over GPUs with whole-vocabulary ids "
+            f"and "
             "crashes or drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1 or no map"
         )
     if token_maps and "--enable-dp-attention" in said:
@@ -165,7 +167,9 @@ def check_flags(flags: Sequence[str], num_steps: int, own: dict[str, str | None]
         if name in REFUSED:
             raise InputError(f"-- {name}: {REFUSED[name]}")
         if name in OURS and value != own.get(name):
-            raise InputError(f"-- {name} {value}: not after --; give {OURS[name]}")
+            raise InputError(
+                f"{name} {value} after --: contradicts this command's own options; give {OURS[name]}"
+            )
         if not num_steps and name in PLAIN:
             raise InputError(f"-- {name} {value}: plain decoding has no drafts; leave it out")
         if name in CHAIN and value not in CHAIN[name]:

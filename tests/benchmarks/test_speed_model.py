@@ -49,7 +49,8 @@ def test_the_papers_accept_lengths():
 def test_measured_rates_come_from_the_longest_arms_pooled_by_passes(tmp_path):
     def line(arm, steps, rates, tokens, tau, task="t"):
         return {
-            "task": task, "arm": arm, "num_steps": steps, "position_rates": rates, "output_tokens": tokens, "accept_length": tau,
+            "task": task, "arm": arm, "num_steps": steps, "position_rates": rates, "output_tokens": tokens,
+            "accept_length": tau,
         }  # fmt: skip
 
     path = tmp_path / "results.jsonl"

@@ -1,4 +1,6 @@
-"""The checks of the following draft vocabulary, against a made-up server: what they ask, compare and refuse."""
+"""The checks of the following draft vocabulary, against a made-up server: what they ask, compare and
+refuse.
+"""
 
 import json
 import sys

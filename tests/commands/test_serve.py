@@ -109,13 +109,13 @@ TWO_GPUS = r"--token-map with --tp 2.*sgl-project/sglang/issues/4328"
         ("--tensor-parallel 2", "abbreviated"),
         ("--tp two", "--tp two: must be a whole number"),
         ("--tp 0", "--tp 0: must be"),
-        ("--port 30001", "--port 30001: not after --"),
-        ("--port=0", "--port 0: not after --"),
-        ("--host 0.0.0.0", "--host 0.0.0.0: not after --"),
-        ("--model other", "--model-path other: not after --"),
-        ("--model-path=other", "--model-path other: not after --"),
-        ("--speculative-num-steps 5", "--speculative-num-steps 5: not after --"),
-        ("--speculative-token-map ids.json", "ids.json: not after --; give --token-map"),
+        ("--port 30001", "--port 30001 after --"),
+        ("--port=0", "--port 0 after --"),
+        ("--host 0.0.0.0", "--host 0.0.0.0 after --"),
+        ("--model other", "--model-path other after --"),
+        ("--model-path=other", "--model-path other after --"),
+        ("--speculative-num-steps 5", "--speculative-num-steps 5 after --"),
+        ("--speculative-token-map ids.json", "ids.json after --.*give --token-map"),
         ("--speculative-num-draft-tokens 9", "must be 4 for 3 steps"),
         ("--speculative-eagle-topk 4", "must be 1 for drafts"),
         ("--speculative-algorithm NGRAM", "must be EAGLE"),
@@ -225,11 +225,16 @@ def test_a_server_is_awaited_and_ended_with_its_children(tmp_path):
     port = free_port()
     # A child that holds on to something, as SGLang's scheduler does the GPU's memory, and ignores polite
     # requests.
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('child', flush=True); time.sleep(60)"
+    child = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('child', flush=True); time.sleep(60)"
+    )
     code = (
-        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE);"
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}], "
+        f"stdout=subprocess.PIPE);"
         f"p.stdout.readline(); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(0.3);"
-        f"sys.argv = ['x', '--port', '{port}']; sys.path.insert(0, {str(HERE / 'helpers')!r}); import stand_in; stand_in.main()"
+        f"sys.argv = ['x', '--port', '{port}']; sys.path.insert(0, {str(HERE / 'helpers')!r}); import "
+        f"stand_in; stand_in.main()"
     )
     with process.Server([sys.executable, "-c", code], port, tmp_path / "log", stop_patience=1.0) as server:
         assert process.answers(server.url + "/health")
@@ -286,7 +291,8 @@ def test_ctrl_c_stops_the_server(sign, tmp_path):
     port = free_port()
     code = (
         "import sys; from pathlib import Path; from fastmtp import serve;"
-        f"serve.serve([sys.executable, {str(HERE / 'helpers' / 'stand_in.py')!r}, '--port', '{port}'], {port}, Path({str(tmp_path / 'log')!r}))"
+        f"serve.serve([sys.executable, {str(HERE / 'helpers' / 'stand_in.py')!r}, '--port', '{port}'], "
+        f"{port}, Path({str(tmp_path / 'log')!r}))"
     )
     env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
@@ -307,7 +313,7 @@ def test_the_api_key_reaches_the_server_and_nothing_else(model, tmp_path, monkey
     monkeypatch.setenv("FASTMTP_API_KEY", "fr0m-outside")
     serve.main(["--model", model])
     shown = capsys.readouterr()
-    for (line, _, log, _, host, secret, _), key in zip(calls, ("s3cret", "fr0m-outside"), strict=True):
+    for (line, _, log, _, _, secret, _), key in zip(calls, ("s3cret", "fr0m-outside"), strict=True):
         assert line[-1] == f"--api-key={key}" and secret == key
         assert key not in shown.out + shown.err and shown.out.count("--api-key=***") == 2
         assert log.parent.stat().st_mode & 0o777 == 0o700
@@ -334,6 +340,27 @@ def test_a_secret_is_blacked_out_in_the_log(tmp_path):
 )
 def test_where_a_server_is_asked(host, url):
     assert process.Server(["false"], 5, Path("log"), host=host).url == url
+
+
+def test_a_server_on_ipv6_is_awaited_there(tmp_path):
+    code = (
+        "import http.server as h, socket, sys\n"
+        "class S(h.HTTPServer): address_family = socket.AF_INET6\n"
+        "class A(h.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+        "S(('::1', int(sys.argv[1])), A).serve_forever()\n"
+    )
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+            port = probe.getsockname()[1]
+    except OSError:
+        pytest.skip("no IPv6 here")
+    line = [sys.executable, "-c", code, str(port)]
+    with process.Server(line, port, tmp_path / "log", wait=30, host="::1", stop_patience=2) as server:
+        assert process.answers(f"http://[::1]:{port}/health") and server.env["no_proxy"].endswith("::1")
+        with pytest.raises(InputError, match=f"port {port} is taken"):
+            process.Server(["false"], port, tmp_path / "other", host="::1").start()
 
 
 def test_main_prints_the_command_and_names_what_is_wrong(model, capsys, monkeypatch):

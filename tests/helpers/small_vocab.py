@@ -27,7 +27,9 @@ TEMPLATE = (
 
 
 def small_tokenizer(path: Path) -> str:
-    """Written to the folder `path`: 256 bytes, some 120 merges, three special tokens and one added plain one."""
+    """Written to the folder `path`: 256 bytes, some 120 merges, three special tokens and one added plain
+    one.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -37,7 +37,9 @@ def scripts(tokenizer):
 
 @pytest.fixture
 def toy() -> ScriptTable:
-    """Ids 0..9 English, 10..19 Chinese, 20..29 Korean, 30 a special one, 31 without letters; one token each."""
+    """Ids 0..9 English, 10..19 Chinese, 20..29 Korean, 30 a special one, 31 without letters; one token
+    each.
+    """
     kind = np.array(
         [LANGUAGES.index(lang) for lang in ("en", "zh", "ko") for _ in range(10)] + [SPECIAL, 0], np.uint8
     )
