@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def bench(argv: Sequence[str]) -> None:
     """`fastmtp bench TASK ...`: one benchmark against a running server."""
-    tasks = _module("bench", "evaluation.plan").TASKS
+    tasks = _module("bench", "evaluation.tasks").TASKS
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: fastmtp bench TASK [options]\n\ntasks (each has --help):")
         for name, task in tasks.items():

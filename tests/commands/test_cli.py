@@ -102,7 +102,7 @@ MEASURING = "--model model --data samples.jsonl --out out.json"
         ("acceptance", f"{MEASURING} --token-map outside.pt", ["outside.pt", "99999"]),
         ("acceptance", f"{MEASURING} --head headless", ["headless", "final_layernorm"]),
         ("acceptance", f"{MEASURING} --head none", ["none"]),
-        ("export", "--base model --head headless --out new", ["headless", "lacks model.mtp_layers.0"]),
+        ("export", "--base model --head headless --out new", ["headless", "missing", "model.mtp_layers.0"]),
         ("export", "--base model --head none --out new", ["none"]),
         ("export", "--base none --head model --out new", ["none"]),
         ("export", "--base model --head model --out model", ["model", "new folder"]),
