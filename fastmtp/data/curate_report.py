@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -176,9 +177,9 @@ def _lengths(path: Path, tally: Tally, train: list[tuple[str, str, int]]) -> Non
     # Edges 1, 2, 3, 4, 6, 8, 11, 16, ...: whole tokens, or short answers leave gaps and spikes.
     bins = sorted({round(2 ** (k / 2)) - 0.5 for k in range(2 * longest.bit_length() + 1)})
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.hist(
-        list(groups.values()), bins, stacked=True, label=[f"{n} ({len(v):,})" for n, v in groups.items()]
-    )
+    # A dollar in a name of somebody's data set is no formula.
+    labels = [f"{name} ({len(sizes):,})".replace("$", r"\$") for name, sizes in groups.items()]
+    axes.hist(list(groups.values()), bins, stacked=True, label=labels)
     if tally.tokens:
         axes.hist(
             tally.tokens,
@@ -196,4 +197,6 @@ def _lengths(path: Path, tally: Tally, train: list[tuple[str, str, int]]) -> Non
     )
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(fontsize="small")
-    save(figure, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+        save(figure, path)

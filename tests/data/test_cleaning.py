@@ -129,3 +129,12 @@ def test_repeated_ngrams():
 def test_language(answer, lang, reason):
     assert judge(answer, lang=lang) == reason
     assert judge(answer, lang=lang, languages=[]) is None
+
+
+def test_a_script_that_is_not_told_apart_is_another_language():
+    bengali = " ".join(
+        ["\u0986\u09ae\u09bf \u09ac\u09be\u0982\u09b2\u09be\u09df \u0997\u09be\u09a8 \u0997\u09be\u0987"] * 12
+    )
+    lines = "\n".join(f"{n} {bengali}" for n in range(2))
+    assert judge(bengali + " \u0985", lang="other", repeated_ngrams=1.0, loop_repeats=99) is None
+    assert judge(lines, lang="en", repeated_ngrams=1.0, loop_repeats=99) == "wrong_language"

@@ -219,3 +219,9 @@ def quietly() -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
     run("--eval-share", "0.2")
+
+
+def test_names_of_sources_are_names_whatever_they_look_like(place, tokenizer, capfd):
+    write([sample(n, tokenizer, source=name) for n, name in enumerate(["a$b_{$", "$", "数学", "_x"])])
+    assert run()["train"]["samples"] == 4
+    assert "Glyph" not in capfd.readouterr().err
