@@ -190,6 +190,52 @@ def measure(args, words: int) -> str:
     )
 
 
+STORY = (
+    "Read this first. A tank holds water, a tap fills it, a hole empties it, and nobody looks after either. "
+)
+FRAMES = [  # of prompts that differ in an operator or a number alone: (text, operators)
+    ("XoY", "+-*/^%"),
+    ("What is X o Y?", "+-*/^%"),
+    ("请计算XoY等于多少，并写出过程。", "+-×÷"),
+    (f"{STORY}Compute x^X o Y for x = 3. {STORY}", "+-*/"),
+    (
+        "def step(a, b):\n    total = a o b\n    return total\n\nWhat does step(X, Y) return?",
+        "+ - * // % << & | ^ ==",
+    ),
+    ("Explain this line of C: `if (a[X] o b[Y]) return 0;`", "< > <= >= == !="),
+]
+
+
+def filled(text: str, values: dict[str, str]) -> str:
+    """`text` with the numbers X and Y and the operator o, where it stands alone, put in."""
+    return re.sub(r"X|Y|\bo\b|(?<=X)o(?=Y)", lambda match: values[match[0]], text)
+
+
+def operator_prompts(rng: random.Random, count: int) -> list[str]:
+    """Arithmetic and code, short and long, English and Chinese, in families of the same words."""
+    prompts = [
+        filled(text, {"X": str(x), "Y": str(y), "o": operator})
+        for text, operators in FRAMES
+        for operator in (operators.split() if " " in operators else operators)
+        for x in range(2, 40)
+        for y in range(2, 12)
+    ]
+    return rng.sample(prompts, count)
+
+
+def measure_operators(args) -> str:
+    """How many prompts of `operator_prompts` the command keeps; their answers are words of their own."""
+    rng, out = random.Random(args.seed), Path(args.out)
+    rows = []
+    for n, prompt in enumerate(operator_prompts(rng, 2000)):
+        answer = " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(20))
+        rows.append(sample(f"operator{n}", "operators", prompt, answer) | {"lang": ""})
+    write_jsonl(out / "operators.jsonl", rows)
+    curate(out / "operators.jsonl", out / "operators", args.workers)
+    kept = len(survivors(out / "operators"))
+    return f"Prompts that differ in operators and numbers alone: {kept:,} of 2,000 kept."
+
+
 def parser() -> Parser:
     p = Parser(
         "python -m benchmarks.curate",
@@ -224,6 +270,8 @@ def main() -> None:
         "| dropped before planting |",
         "|---:|---:|---:|---:|---:|---:|---|",
         *(measure(args, words) for words in args.words),
+        "",
+        measure_operators(args),
     ]
     print("\n".join(table))
     write_provenance(args.out, vars(args))

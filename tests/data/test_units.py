@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from benchmarks.curate import operator_prompts
 from fastmtp.data.dedup import DedupConfig, Questions, near_duplicates, signature
 from fastmtp.data.scan import digest
 from fastmtp.data.units import letters, units
@@ -51,40 +52,8 @@ def test_case_spacing_and_punctuation_do_not(one, other):
     assert units(one) == units(other)
 
 
-def prompts() -> list[str]:
-    """2,000 prompts in families that differ in an operator or a number alone, short and long, English and
-    Chinese, arithmetic and code.
-    """
-    rng = random.Random(5)
-    story = " ".join(
-        rng.choice("the a of water train apples cost how many left after each".split()) for _ in range(60)
-    )
-    code = "def step(a, b):\n    total = a {op} b\n    return total\n"
-    frames = [
-        ("{x}{op}{y}", "+-*/^%"),
-        ("What is {x} {op} {y}?", "+-*/^%"),
-        ("请计算{x}{op}{y}等于多少，并写出过程。", "+-×÷"),
-        (story + " Compute x^{x} {op} {y} for x = 3. " + story, "+-*/"),
-        (
-            code + "What does step({x}, {y}) return?",
-            ["+", "-", "*", "//", "%", "<<", ">>", "&", "|", "^", "=="],
-        ),
-        ("Explain this line of C: `if (a[{x}] {op} b[{y}]) return i++;`", ["<", ">", "<=", ">=", "==", "!="]),
-    ]
-    made = dict.fromkeys(
-        frame.format(x=x, y=y, op=op)
-        if frame is not frames[4][0]
-        else frame.replace("{op}", op).replace("{x}", str(x)).replace("{y}", str(y))
-        for frame, operators in frames
-        for x in range(2, 40)
-        for y in range(2, 12)
-        for op in operators
-    )
-    return rng.sample(list(made), 2000)
-
-
 def test_two_thousand_prompts_that_differ_in_operators_and_numbers_all_stay():
-    texts = prompts()
+    texts = operator_prompts(random.Random(5), 2000)
     parts = [units(text) for text in texts]
     assert len({digest(p) for p in parts}) == 2000
     keys = np.array([int.from_bytes(digest(p)[:8]) for p in parts], dtype=np.uint64)
