@@ -115,8 +115,8 @@ def report(rows: list[dict], start_s: float, answered: int) -> str:
         f"{start_s:g} s to start. {answered:,} prompts answered in "
         f"all.\n\n```sh\n{command}\n```\n\n{HEAD}\n{RULE}\n"
         + "\n".join(map(line, rows))
-        + "\n\nSeconds and tokens/s run from the first request to the last answer; the middle half leaves out "
-        "how a run fills up and runs dry.\n"
+        + "\n\nSeconds and tokens/s run from the first request to the last answer; the middle half leaves "
+        "out how a run fills up and runs dry.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Training speed of the head: tokens per second, useful TFLOP/s against the card's own matrix rate, and memory.
+"""Training speed of the head: tokens per second, useful TFLOP/s against the card's matrix rate, memory.
 
 Dummy weights of the real shape (bfloat16 backbone, float32 head under autocast), synthetic documents of 32 to
 4,096 tokens with a mean near 700, a quarter of each a prompt; the same documents and the same AdamW for both

@@ -116,6 +116,24 @@ def samples(prompts: list[list[int]], turns: list[Turn], langs: list[str]) -> li
     ]
 
 
+def line(args, name: str, steps: int, port: int, flags: list[str]) -> list[str]:
+    """One server's command line; maps are checked with the server that follows them."""
+    maps = args.token_maps if name == "dynamic" else None
+    return sglang.command(args.model, steps, None, args.tp, port, flags, token_maps=maps)
+
+
+def show(result: dict) -> None:
+    """Print each way's identical outputs and accept lengths, and the end of the dynamic server's log."""
+    for way, row in result["ways"].items():
+        taus = ", ".join(f"tau {lang} {tau:.3f}" for lang, tau in row.get("accept_length", {}).items() if tau)
+        print(
+            f"{way}: {row['identical']} of {row['prompts']} outputs are plain decoding's"
+            + (f"; {taus}" if taus else "")
+        )
+    print(f"warnings for the unknown language: {result['warnings_for_the_unknown_language']}")
+    print("\n".join(result["log"]))
+
+
 def parser() -> Parser:
     p = Parser(
         "python -m benchmarks.dynamic_vocabulary.check",
@@ -163,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = merged(FLAGS, flags)
     servers = {
         name: process.Server(
-            sglang.command(args.model, steps, None, args.tp, args.port + i, flags),
+            line(args, name, steps, args.port + i, flags),
             args.port + i,
             out / f"{name}.log",
             env=FLOAT32_ENVIRONMENT | (env if name == "dynamic" else {}),
@@ -193,14 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     write_jsonl(out / "samples.jsonl", samples(prompts, found["plain, one at a time"], langs))
     write_provenance(out, vars(args) | {"sglang_flags": flags}, args.prompts)
-    for way, row in result["ways"].items():
-        taus = ", ".join(f"tau {lang} {tau:.3f}" for lang, tau in row.get("accept_length", {}).items() if tau)
-        print(
-            f"{way}: {row['identical']} of {row['prompts']} outputs are plain decoding's"
-            + (f"; {taus}" if taus else "")
-        )
-    print(f"warnings for the unknown language: {result['warnings_for_the_unknown_language']}")
-    print("\n".join(result["log"]))
+    show(result)
     if result["outside_the_map"] or any(row["differences"] for row in result["ways"].values()):
         sys.exit(
             f"benchmarks.dynamic_vocabulary.check: outputs differ or drafts were outside their map; see "

@@ -31,7 +31,7 @@ def asked(tmp_path, base_folder, monkeypatch):
         torch.save(torch.arange(20), tmp_path / f"{lang}.pt")
 
     def make(says=sglang.VOCAB_READY):
-        def command(model, steps, token_map, tp, port, flags):
+        def command(model, steps, token_map, tp, port, flags, token_maps=None):
             line = f"echo '{says}'; exec {sys.executable} {STAND_IN} --port {port} --num-steps {steps}"
             return ["sh", "-c", line]
 

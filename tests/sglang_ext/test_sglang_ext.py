@@ -159,7 +159,16 @@ def test_an_answer_in_another_language_switches_in_flight(package):
     assert worker.seen[0] == "en" and worker.seen[-1] == "zh"
 
 
-@pytest.mark.parametrize("custom, name", [({"draft_lang": "zh", "__req__": 1}, "zh"), ({"draft_lang": "xx"}, "mixed"), ({"draft_lang": 7}, "mixed"), ({}, "en"), ("zh", "en")])  # fmt: skip
+@pytest.mark.parametrize(
+    "custom, name",
+    [
+        ({"draft_lang": "zh", "__req__": 1}, "zh"),
+        ({"draft_lang": "xx"}, "mixed"),
+        ({"draft_lang": 7}, "mixed"),
+        ({}, "en"),
+        ("zh", "en"),
+    ],
+)
 def test_what_a_request_asks_for(package, custom, name):
     _, _, worker = package()
     req = request(ENGLISH, custom)

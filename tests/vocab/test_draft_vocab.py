@@ -21,6 +21,7 @@ TEXTS = {
     "en": "Name three rivers of Europe and say where each of them ends.",
     "zh": "请说出欧洲的三条河流,并说明它们在哪里入海。这个问题不难。",
     "ru": "Назовите три реки Европы и скажите, куда впадает каждая из них.",
+    "other": "নদীর জল আজ শান্ত, আকাশ পরিষ্কার। পাখিরা গান গায়।",
     "ko": "유럽의 강 세 개를 말하고 각각 어디로 흐르는지 설명하세요.",
 }
 
@@ -85,6 +86,18 @@ def test_a_changed_language_is_followed_within_sixteen_tokens(vocab):
     # it
     assert names.index("zh") <= 17 + LOOK_EVERY
     assert names_by_anchor(vocab, [0, 1, 2, 3], answer) == names[1:]
+
+
+def test_a_script_that_is_not_told_apart_drafts_with_the_mixed_map(tokenizer, scripts):
+    maps = {name: torch.arange(8) for name in ("en", "zh", "mixed")}
+    vocab = DraftVocab(maps, "auto", scripts)
+    for text in (
+        TEXTS["other"],
+        "ტყეში ჩიტები მღერიან და მდინარე მიედინება",
+        "Անտառում թռչունները երգում են",
+    ):
+        ids = tokenizer("Write. " + text, add_special_tokens=False)["input_ids"]
+        assert scripts.language(ids) in ("other", None) and vocab.follow(ids).name == "mixed"
 
 
 def test_looks_are_rare(vocab, monkeypatch):
