@@ -205,7 +205,7 @@ def check_weights(folder: str | Path) -> dict[str, Entry]:
     odd = [n for n, e in entries.items() if e.dtype not in DTYPES or n.endswith(QUANTISED)]
     if odd:
         raise InputError(
-            f"{folder}: tensors that are quantised or not float32, bfloat16 or float16: {_some(odd)}; "
+            f"{folder}: tensors that are quantised or not float32, bfloat16 or float16: {some(odd)}; "
             "give the unquantised model"
         )
     missing = [name for name in shapes if name not in entries]
@@ -213,8 +213,8 @@ def check_weights(folder: str | Path) -> dict[str, Entry]:
     unknown = [n for n in entries if n not in shapes and n not in optional and not n.endswith("inv_freq")]
     if missing or unknown:
         raise InputError(
-            f"{folder}: the weights are not what config.json describes: {_some(missing)} missing, "
-            f"{_some(unknown)} unknown; copy the folder again or give the model's own"
+            f"{folder}: the weights are not what config.json describes: {some(missing)} missing, "
+            f"{some(unknown)} unknown; copy the folder again or give the model's own"
         )
     for name, shape in shapes.items():
         if entries[name].shape != shape:
@@ -225,7 +225,7 @@ def check_weights(folder: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return f"{len(names)}" + (
         f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
     )
@@ -250,7 +250,7 @@ def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
     missing, unknown = sorted(HEAD_TENSORS - entries.keys()), sorted(entries.keys() - HEAD_TENSORS)
     if missing or unknown:
         raise InputError(
-            f"{folder}: not a checkpoint of an MTP head: {_some(missing)} tensors missing, {_some(unknown)} "
+            f"{folder}: not a checkpoint of an MTP head: {some(missing)} tensors missing, {some(unknown)} "
             "unknown; give the folder that training wrote"
         )
     odd = [name for name, entry in entries.items() if entry.dtype not in DTYPES]

@@ -47,6 +47,9 @@ COMMANDS = {
         "fastmtp.acceptance", "accept length (tau) and per-position rates from one teacher-forced pass"
     ),
     "serve": Command("fastmtp.serve", "start a server with the head's drafts and wait until it answers"),
+    "doctor": Command(
+        "fastmtp.doctor", "will this model folder, or this server, work? one page says why not"
+    ),
     "decoding": Command(
         "fastmtp.decoding",
         "reference speculative decoder: plain against drafts on your prompts",

@@ -75,7 +75,8 @@ def locate(name: str) -> Path:
 
 def mimo_config(source) -> MiMoConfig:
     """MiMoConfig with the same shape as a Llama or Qwen2 configuration. Raises InputError."""
-    check_config(source.to_dict(), "the source")
+    # a folder's own quantisation was refused before; a GGUF file's is undone exactly
+    check_config(source.to_dict() | {"quantization_config": None}, "the source")
     values = {key: getattr(source, key) for key in SAME_NAMES if getattr(source, key, None) is not None}
     return MiMoConfig(**values, tie_word_embeddings=False)
 

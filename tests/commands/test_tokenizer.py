@@ -212,3 +212,70 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
         with pytest.raises(InputError):
             prepare(str(source), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def gguf_file(path: Path, pre: str, tokenizer) -> Path:
+    """A tiny Llama as llama.cpp stores one: a byte-level vocabulary and its pre-tokenizer's name."""
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    tensors = LlamaForCausalLM(LlamaConfig(**SHAPE)).state_dict()
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    tokens += [f"<unused{n}>" for n in range(SHAPE["vocab_size"] - len(tokens))]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(SHAPE["max_position_embeddings"])
+    writer.add_embedding_length(SHAPE["hidden_size"])
+    writer.add_block_count(SHAPE["num_hidden_layers"])
+    writer.add_feed_forward_length(SHAPE["intermediate_size"])
+    writer.add_head_count(SHAPE["num_attention_heads"])
+    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
+    writer.add_rope_dimension_count(SHAPE["hidden_size"] // SHAPE["num_attention_heads"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(SHAPE["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    special = ("<|endoftext|>", "<|end|>")
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_eos_token_id(1)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers.0.input_layernorm": "blk.0.attn_norm",
+        "model.layers.0.post_attention_layernorm": "blk.0.ffn_norm",
+        **{f"model.layers.0.self_attn.{n}_proj": f"blk.0.attn_{n}" for n in "qkv"},
+        "model.layers.0.self_attn.o_proj": "blk.0.attn_output",
+        **{f"model.layers.0.mlp.{n}_proj": f"blk.0.ffn_{n}" for n in ("gate", "up", "down")},
+    }
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    "pre, rule",
+    [
+        ("smollm", digits_alone),
+        ("llama-bpe", lambda: split(r"\p{N}{1,3}")),
+        ("qwen2", lambda: split(r"\p{N}")),
+        ("gpt-2", gpt2_rule),
+    ],
+)
+def test_a_gguf_file_reads_as_its_models_own_tokenizer(pre, rule, tmp_path):
+    own = byte_level(rule())
+    prepare(str(gguf_file(tmp_path / "model.gguf", pre, own)), tmp_path / "out")
+    assert ids(tmp_path / "out") == [own(text)["input_ids"] for text in TEXTS]
+
+
+def test_a_gguf_file_of_an_unknown_pre_tokenizer_is_refused(tmp_path):
+    path = gguf_file(tmp_path / "model.gguf", "martian", byte_level(gpt2_rule()))
+    with pytest.raises(InputError, match="martian"):
+        prepare(str(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

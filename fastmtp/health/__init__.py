@@ -1,0 +1,1 @@
+"""What `fastmtp.doctor` looks at: one generator of lines per question about a folder."""
