@@ -33,7 +33,8 @@ from fastmtp.fingerprint import code, content, differences, fingerprint, machine
 
 PROMPTS = "examples/prompts.jsonl"
 RECIPE, CLEANING = "configs/quickstart.yaml", "configs/quickstart_curate.yaml"
-RECIPES = tuple(name for name in (RECIPE, "configs/base.yaml") if files.resource(name).exists())
+RECIPES = (RECIPE, "configs/base.yaml")
+BASE = "models/smollm2"
 VANILLA, SHIPPED = "smollm2-vanilla", "smollm2-fastmtp"  # heads that come with the package
 
 
@@ -70,33 +71,23 @@ class Stage:
 
 def stages(s: Sizes) -> list[Stage]:
     """The pipeline for `s`, in order."""
-    base, tuned, runs, out = "models/smollm2", f"models/{s.name}", f"runs/{s.name}", f"results/{s.name}"
-    data = f"data/{s.name}"
-    distilled, samples, token_map = (
-        f"{data}/distilled.jsonl",
-        f"{data}/train/train.jsonl",
-        f"{data}/vocab/en_8k.pt",
-    )
-    trained = f"{runs}/last-checkpoint"
-    # Decoded: with both heads, in float32 for exactness and in bfloat16 for speed.
-    runs_of_decoder = [
-        (f"{prefix}{dtype}", f"{head} --limit {limit} --dtype {dtype}", reads)
-        for prefix, head, reads in (("", "", ()), ("shipped-", f"--head {SHIPPED}", (SHIPPED,)))
-        for dtype, limit in (("float32", s.heldout), ("bfloat16", s.timed))
-    ]
-    decoded = tuple(f"{out}/{name}.jsonl" for name, _, _ in runs_of_decoder)
-    heads = (VANILLA, trained, SHIPPED)
-    decode = f"--model {tuned} --prompts {PROMPTS} --split heldout --token-map {token_map}"
-    decode += f" --max-new-tokens {s.heldout_tokens}"
+    return [*training(s), *measuring(s)]
+
+
+def training(s: Sizes) -> list[Stage]:
+    """From prompts to an exported model, and a token map on the way."""
+    data, runs = f"data/{s.name}", f"runs/{s.name}"
+    tuned, trained = f"models/{s.name}", f"{runs}/last-checkpoint"
+    distilled, samples = f"{data}/distilled.jsonl", f"{data}/train/train.jsonl"
     return [
-        Stage("prepare", "prepare_model", f"--model smollm2 --head {VANILLA} --out {base}", base, (VANILLA,)),
+        Stage("prepare", "prepare_model", f"--model smollm2 --head {VANILLA} --out {BASE}", BASE, (VANILLA,)),
         Stage(
             "distil",
             "distill",
-            f"--model {base} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 64"
+            f"--model {BASE} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 64"
             f" --max-new-tokens {s.answer_tokens} --out {distilled}",
             distilled,
-            (base, PROMPTS),
+            (BASE, PROMPTS),
         ),
         Stage(
             "curate",
@@ -108,35 +99,45 @@ def stages(s: Sizes) -> list[Stage]:
         Stage(
             "vocab",
             "build_vocab",
-            f"--tokenizer {base} --input {distilled} --lang en --sizes 8k,16k --out {data}/vocab",
+            f"--tokenizer {BASE} --input {distilled} --lang en --sizes 8k,16k --out {data}/vocab",
             f"{data}/vocab",
-            (base, distilled),
+            (BASE, distilled),
         ),
         Stage(
             "train",
             "train",
             f"{RECIPE} --dataset {samples} --output_dir {runs} {s.train}",
             runs,
-            (*RECIPES, base, samples),
+            (*RECIPES, BASE, samples),
         ),
-        Stage("export", "export", f"--base {base} --head {trained} --out {tuned}", tuned, (base, trained)),
-        *(
-            Stage(
-                f"decode {name}",
-                "decoding",
-                f"{decode} {words} --out {made}",
-                made,
-                (tuned, PROMPTS, token_map, *reads),
-            )
-            for (name, words, reads), made in zip(runs_of_decoder, decoded, strict=True)
-        ),
+        Stage("export", "export", f"--base {BASE} --head {trained} --out {tuned}", tuned, (BASE, trained)),
+    ]
+
+
+def measuring(s: Sizes) -> list[Stage]:
+    """Held-out prompts with both heads, in float32 for exactness and in bfloat16 for speed; the report."""
+    tuned, runs, out = f"models/{s.name}", f"runs/{s.name}", f"results/{s.name}"
+    token_map = f"data/{s.name}/vocab/en_8k.pt"
+    decode = f"--model {tuned} --prompts {PROMPTS} --split heldout --token-map {token_map}"
+    decode += f" --max-new-tokens {s.heldout_tokens}"
+    decoding = []
+    for prefix, flag, head in (("", "", ()), ("shipped-", f"--head {SHIPPED}", (SHIPPED,))):
+        for dtype, limit in (("float32", s.heldout), ("bfloat16", s.timed)):
+            made = f"{out}/{prefix}{dtype}.jsonl"
+            words = f"{decode} {flag} --limit {limit} --dtype {dtype} --out {made}"
+            reads = (tuned, PROMPTS, token_map, *head)
+            decoding.append(Stage(f"decode {prefix}{dtype}", "decoding", words, made, reads))
+    decoded = tuple(stage.makes for stage in decoding)
+    heads = (VANILLA, f"{runs}/last-checkpoint", SHIPPED)
+    return [
+        *decoding,
         Stage(
             "acceptance",
             "acceptance",
-            f"--model {base} --data {decoded[0]} --token-map {token_map} --out {out}/acceptance.json"
+            f"--model {BASE} --data {decoded[0]} --token-map {token_map} --out {out}/acceptance.json"
             + "".join(f" --head {head}" for head in heads),
             f"{out}/acceptance.json",
-            (base, decoded[0], token_map, *heads),
+            (BASE, decoded[0], token_map, *heads),
         ),
         Stage(
             "report",
