@@ -17,13 +17,16 @@ import pytest
 import torch
 
 from evaluation.backend_vllm import FLAGS, PER_REQUEST, VllmServer
-from fastmtp import decoding
 from fastmtp.chat import prompt_ids
+from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports
 from fastmtp.engines.vllm_stock import BACKBONE, MODEL, add_backbone
 from fastmtp.export import export
+from fastmtp.model import load
 from fastmtp.prepare_model import prepare
+from fastmtp.speculative import generate
+from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.token_map import load_token_map
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +53,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(model):
-    rows = decoding.read_prompts(ROOT / "examples" / "prompts.jsonl", "heldout", PROMPTS)
-    tokenizer = decoding.load(model).tokenizer
+    rows = read_prompts(ROOT / "examples" / "prompts.jsonl", "heldout", PROMPTS)
+    tokenizer = load_tokenizer(model)
     return [prompt_ids(tokenizer, row["messages"]) for row in rows]
 
 
@@ -60,12 +63,11 @@ def reference(model, prompts):
     """The decoder's answers: (num_steps, map or None) -> one Generation per prompt."""
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    loaded = decoding.load(model)
+    loaded = load(model)
     token_map = load_token_map(MAP, loaded.net.vocab_size)
     result = {
         (steps, path): [
-            decoding.generate(loaded, ids, TOKENS, steps, token_map=token_map if path else None)
-            for ids in prompts
+            generate(loaded, ids, TOKENS, steps, token_map=token_map if path else None) for ids in prompts
         ]
         for steps, path in ((0, None), (STEPS, None), (STEPS, MAP))
     }

@@ -1,0 +1,1 @@
+"""Serving engines on a machine without a GPU."""
