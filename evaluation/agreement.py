@@ -21,8 +21,7 @@ from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
 from fastmtp import acceptance
 from fastmtp import model as models
-from fastmtp.cli import InputError, Parser, run
-from fastmtp.engines.sglang_flags import split_flags
+from fastmtp.cli import InputError, Parser, run, split_at_dashes
 from fastmtp.files import atomic, write_json
 from fastmtp.markdown import grid, number
 from fastmtp.vocab.token_map import load_token_map
@@ -125,12 +124,12 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ours, sglang_flags = split_flags(argv)
+    ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
     if args.temperature != 0:
         raise InputError("--temperature: teacher forcing follows greedy drafts; compare at 0")
     check_tolerance(args.tolerance)
-    plan = Plan(args, sglang_flags)
+    plan = Plan(args, flags)
     if not any(arm.num_steps for arm in plan.arms):
         raise InputError("--arms: no arm drafts; name at least one such as fastmtp:3")
     results, _ = ask_or_exit(plan, 0, ("agreement.json", "agreement.md"))

@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from evaluation.backends import NEVER, BackendError, Server, Turn, _start
+from evaluation.backends import NEVER, BackendError, Server, Turn
 
 FLAGS = ["--no-enable-prefix-caching"]  # no arm profits from another's prompts
 PER_REQUEST = ["--per-request-spec-decode-metrics", "detailed"]
@@ -22,7 +22,7 @@ POSITION = re.compile(r'position="(\d+)"')
 
 @dataclass
 class Passes:
-    """An answer's verify passes. histogram[j]: those with j accepted drafts; last: the last pass's number."""
+    """An answer's verify passes. histogram[j]: those with j accepted drafts; last: the last pass's j."""
 
     histogram: list[int]
     last: int | None = None
@@ -36,8 +36,8 @@ class Passes:
         surplus = 1 + sum((j + 1) * count for j, count in enumerate(result)) - tokens
         if surplus <= 1:  # one too many is the last pass's own token, which is no draft
             return result if surplus >= 0 else None
-        # A pass that kept a token accepted at least as many drafts as were cut. Counters do not say which pass
-        # was last.
+        # The last pass kept a token, so it accepted at least as many drafts as were cut. Counters do not say
+        # which pass was last.
         possible = [j for j in range(surplus, len(result)) if result[j]]
         last = self.last if self.last is not None else next(iter(possible), None)
         if last not in possible:
@@ -50,12 +50,12 @@ class Passes:
 class VllmServer(Server):
     """`async with VllmServer(url) as server:`. alone: one request at a time, so counters may be read."""
 
-    def __init__(self, url: str, timeout: float = 600.0, alone: bool = True):
-        super().__init__(url, timeout)
+    def __init__(self, url: str, timeout: float = 600.0, key: str | None = None, alone: bool = True):
+        super().__init__(url, timeout, key)
         self.alone = alone
 
     async def info(self) -> dict:
-        """`{"model", "tokenizer", "version", "settings"}` as the server says them."""
+        """`{"model", "tokenizer", "version", "settings"}` as the server says."""
         models = (await self._json("/v1/models")).get("data")
         if not isinstance(models, list) or not models or not isinstance(models[0], dict):
             raise BackendError(f"{self.url}/v1/models: no model in it; is this a vLLM server?")
@@ -76,7 +76,7 @@ class VllmServer(Server):
         seed: int = 0,
         ignore_eos: bool = False,
     ) -> Turn:
-        """One request. BackendError when the server fails, hangs past the time limit or answers nonsense."""
+        """One request. BackendError if the server fails, hangs past the time limit or answers nonsense."""
         if not hasattr(self, "model"):
             await self.info()
         body = {
@@ -99,15 +99,10 @@ class VllmServer(Server):
         before = await self._counters() if self.alone else None
         answer = Answer(self.url)
         started, clock = time.time(), time.perf_counter()
-        async with self._asking("/v1/completions"):
-            async with self.session.post(self.url + "/v1/completions", json=body) as reply:
-                if reply.status != 200:
-                    raise BackendError(
-                        f"{self.url}/v1/completions: HTTP {reply.status}: {await _start(reply)}"
-                    )
-                async for line in reply.content:
-                    if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-                        answer.take(line[5:].strip(), time.perf_counter() - clock)
+        async with self._post("/v1/completions", body) as reply:
+            async for line in reply.content:
+                if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+                    answer.take(line[5:].strip(), time.perf_counter() - clock)
         passes = answer.passes()
         if passes is None and before is not None:
             after = await self._counters()

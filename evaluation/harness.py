@@ -163,7 +163,7 @@ def counts(asked: int, total: int) -> str:
 def environment(backend_info: dict, backend: str) -> dict:
     """Where the figures come from: engine, its settings, package versions, GPU."""
     facts = provenance({})
-    versions = facts["versions"] | ({"sglang": backend_info["version"]} if backend_info["version"] else {})
+    versions = facts["versions"] | ({backend: backend_info["version"]} if backend_info["version"] else {})
     return {
         "backend": backend,
         "versions": versions,

@@ -24,8 +24,7 @@ from evaluation.asking import Prompts
 from evaluation.plan import Plan, add_arguments
 from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
-from fastmtp.cli import InputError, Parser, run
-from fastmtp.engines.sglang_flags import split_flags
+from fastmtp.cli import InputError, Parser, run, split_at_dashes
 from fastmtp.files import write_json
 
 NOTHING = "NOTHING TO COMPARE"
@@ -144,12 +143,12 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ours, sglang_flags = split_flags(argv)
+    ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
     if args.temperature != 0:
         raise InputError("--temperature: sampled outputs differ by design; losslessness is checked at 0")
     check_tolerance(args.tolerance)
-    plan = Plan(args, sglang_flags)
+    plan = Plan(args, flags)
     if plan.arms[0].name != "baseline" or len(plan.arms) < 2:
         raise InputError(
             "--arms: name the baseline and at least one drafting arm, for example baseline,fastmtp:3"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evaluation import backend_vllm
 from evaluation.answers import Answers
 from evaluation.asking import Prompts, Settings
 from evaluation.harness import check_numbers
@@ -23,9 +24,17 @@ from evaluation.tasks import TASKS as TASKS
 from evaluation.tasks import parse_tasks
 from fastmtp import checkpoint, model, speculative
 from fastmtp.cli import InputError, Parser, at_least
-from fastmtp.engines import sglang
+from fastmtp.engines import sglang, vllm
 from fastmtp.engines.address import check_port
-from fastmtp.engines.sglang_flags import FLOAT32, MEASURED, merged, streams, values
+from fastmtp.engines.sglang_flags import (
+    FLOAT32,
+    FLOAT32_ENVIRONMENT,
+    MEASURED,
+    canonical,
+    merged,
+    streams,
+    values,
+)
 from fastmtp.files import check_output, claim, existing, read_json, resource
 from fastmtp.fingerprint import fingerprint, gpu_name, machine
 from fastmtp.tokenizer import load_tokenizer
@@ -135,9 +144,15 @@ def add_arguments(p: Parser) -> None:
     p.add_argument(
         "--at-once", type=int, default=1, help="servers started side by side, asked one after the other"
     )
-    p.add_argument("--backend", choices=("sglang", "reference"), default="sglang")
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default bfloat16 on sglang, float32 on reference"
+        "--backend",
+        "--engine",
+        choices=("sglang", "vllm", "reference"),
+        default="sglang",
+        help="who answers: an engine's server, or our decoder in this process (default %(default)s)",
+    )
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default bfloat16 on an engine, float32 on reference"
     )
     p.add_argument("--device", default="cpu", help="of the reference backend (default %(default)s)")
     p.add_argument("--port", type=int, default=30000)
@@ -150,20 +165,26 @@ class Plan:
     input.
     """
 
-    def __init__(self, args, sglang_flags: list[str]):
+    def __init__(self, args, flags: list[str]):
         check_numbers(args)
         at_least(args, 1, "at_once")
         at_least(args, 0, "seed")
         check_port(args.port, args.at_once)
         existing(args.model, "model folder")
-        self.args, self.flags, self.out = args, sglang_flags, Path(args.out)
+        self.args, self.out = args, Path(args.out)
+        self.flags = canonical(flags) if args.backend == "sglang" else flags
         self._fingerprints: dict[str, dict[str, object]] = {}
         if args.vanilla_model:
             existing(args.vanilla_model, "vanilla model folder")
         if args.backend == "reference" and args.parallel > 1:
             raise InputError("--parallel: the reference backend answers one request at a time; leave it out")
-        if args.backend == "reference" and sglang_flags:
-            raise InputError(f"{sglang_flags[0]}: the reference backend takes no flags after --")
+        if args.backend == "reference" and flags:
+            raise InputError(f"{flags[0]}: the reference backend takes no flags after --")
+        self.engine = vllm.installed() if args.backend == "vllm" else None
+        if self.engine and args.parallel > 1 and self.engine.release < vllm.PER_REQUEST:
+            raise InputError(
+                f"--parallel: vLLM {self.engine.version} does not count accepted drafts per answer; use 1"
+            )
         self.arms = parse_arms(args.arms, args.model, args.vanilla_model, args.token_map)
         self.tasks = parse_tasks(args.tasks)
         self.dtype = args.dtype or ("float32" if args.backend == "reference" else "bfloat16")
@@ -178,7 +199,7 @@ class Plan:
         """A wrong folder, flag, map or chat template should not be found out after an hour."""
         tokenizers = {}
         for arm in self.arms:
-            if self.args.backend == "sglang":
+            if self.args.backend != "reference":
                 self.command(arm, self.args.port, "triton")
             if arm.model not in tokenizers:
                 tokenizers[arm.model] = load_tokenizer(arm.model)
@@ -190,7 +211,11 @@ class Plan:
         self.tokenizers = tokenizers
 
     def server_flags(self) -> list[str]:
-        """SGLang's flags of every arm: ours, and in their place the user's."""
+        """The engine's flags of every arm: ours, and in their place the user's."""
+        if self.engine:
+            ours = ["--dtype", self.dtype, "--max-num-seqs", str(self.args.parallel), *backend_vllm.FLAGS]
+            ours += backend_vllm.PER_REQUEST if self.engine.release >= vllm.PER_REQUEST else []
+            return merged(ours, self.flags)
         ours = ["--dtype", self.dtype, "--mem-fraction-static", "0.7"]
         if self.args.at_once > 1:
             # Shares of free memory mean nothing while others are taking theirs: a fixed key-value pool each.
@@ -202,8 +227,24 @@ class Plan:
         return merged(ours, self.flags)
 
     def command(self, arm: Arm, port: int, backend: str | None = None) -> list[str]:
-        """SGLang's command line for one arm. Raises InputError for what cannot work."""
+        """The engine's command line for one arm. `backend`: SGLang's for attention. InputError as there."""
+        if self.engine:
+            flags = self.server_flags()
+            return vllm.command(arm.model, arm.num_steps, arm.token_map, 1, port, flags, engine=self.engine)
         return sglang.command(arm.model, arm.num_steps, arm.token_map, 1, port, self.server_flags(), backend)
+
+    def environment(self, arm: Arm) -> dict[str, str]:
+        """Variables for the arm's server."""
+        if self.engine:
+            return vllm.environment(self.engine, arm.model)
+        return FLOAT32_ENVIRONMENT if self.dtype == "float32" else {}
+
+    def ready(self, arm: Arm) -> list[str]:
+        """Lines that the log of the arm's server must hold."""
+        if not self.engine:
+            return []
+        config = read_json(Path(arm.model) / "config.json")
+        return vllm.ready_lines(config, arm.num_steps, arm.token_map)
 
     def fingerprint(self, arm: Arm) -> dict[str, object]:
         """All that the arm's answers and their speed depend on."""
@@ -224,6 +265,11 @@ class Plan:
             contents["decoder"] = [model.__file__, speculative.__file__, *checkpoint.CODE]
             settings |= {"device": a.device} | machine()
             settings |= {"gpu": None} if a.device == "cpu" else {}
+        elif self.engine:
+            settings |= {"gpu": None} if self.engine.cpu else {"gpu": gpu_name()}
+            settings |= {"vllm": self.engine.version} | machine() | values(self.server_flags())
+            settings |= vllm.environment(self.engine, arm.model)
+            settings |= {k: v for k, v in os.environ.items() if k.startswith("VLLM_") and "KEY" not in k}
         else:
             settings |= {"gpu": gpu_name(), "sglang": _version("sglang")}
             settings |= {"--attention-backend": sglang.attention_backend()} | values(self.server_flags())

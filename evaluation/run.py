@@ -3,9 +3,9 @@
     python -m evaluation.run --model models/NAME --vanilla-model models/BASE --tasks all --out results/NAME \\
         --arms baseline,vanilla:3,fastmtp:3
 
-Starts and stops an SGLang server for each arm (`--backend reference` decodes in this process instead, on the
-CPU or one GPU). The baseline's first questions are asked again at the end: what changes there is drift, not
-the arms. A stopped run continues with the same command; a finished question is not asked twice.
+Starts and stops a server for each arm, SGLang's or vLLM's. `--backend reference` decodes in this process
+instead, on the CPU or one GPU. The baseline's first questions are asked again at the end: what changes there
+is drift, not the arms. A stopped run continues with the same command; a finished question is not asked twice.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from evaluation import asking, harness, metrics, table
 from evaluation.answers import Answers
+from evaluation.backend_vllm import VllmServer
 from evaluation.backends import BackendError, Reference, Server
 from evaluation.plan import Arm, Plan, add_arguments
 from evaluation.questions import Task, question_keys
-from fastmtp.cli import Parser, at_least, run
+from fastmtp.cli import Parser, at_least, run, split_at_dashes
 from fastmtp.engines import process, sglang
-from fastmtp.engines.sglang_flags import FLOAT32_ENVIRONMENT, split_flags
 from fastmtp.files import atomic, read_json, write_json, write_jsonl, write_provenance
 
 OUTPUTS = ("results.jsonl", "table.json", "table.md", "radar.png", "steps.png", "acceptance.png")
@@ -34,7 +34,7 @@ Result = tuple[Arm, Task, list[dict]]  # an arm's answers to a task
 def parser() -> Parser:
     p = Parser(
         "python -m evaluation.run",
-        "Accept length, speed and losslessness of every arm on every task. Flags after -- go to SGLang.",
+        "Accept length, speed and losslessness of every arm on every task. Flags after -- go to the engine.",
         "python -m evaluation.run --model models/smollm2-fastmtp --arms baseline,fastmtp:1,fastmtp:3"
         " --tasks all --out results/smollm2",
     )
@@ -84,6 +84,8 @@ async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None
     a = plan.args
     if url is None:
         backend = Reference(arm.model, plan.dtype, a.device, arm.num_steps, arm.token_map)
+    elif plan.engine:
+        backend = VllmServer(url, a.timeout, alone=a.parallel == 1)
     else:
         backend = Server(url, a.timeout)
     async with backend:
@@ -106,17 +108,18 @@ def _servers(plan: Plan, arms: list[Arm]) -> Iterator[list[str | None]]:
     if plan.args.backend == "reference":
         yield [None] * len(arms)
         return
-    sglang.sglang_version()
+    if not plan.engine:
+        sglang.sglang_version()
     print(f"{', '.join(arm.name for arm in arms)}: starting", file=sys.stderr, flush=True)
-    environment = FLOAT32_ENVIRONMENT if plan.dtype == "float32" else None
     servers = []
     for port, arm in enumerate(arms, plan.args.port):
         log = plan.out / "logs" / f"{arm.folder}.log"
-        servers.append(process.Server(plan.command(arm, port), port, log, env=environment))
+        servers.append(process.Server(plan.command(arm, port), port, log, env=plan.environment(arm)))
     with process.together(servers) as outcomes:
-        for outcome in outcomes:
+        for arm, server, outcome in zip(arms, servers, outcomes, strict=True):
             if outcome is not None:
                 raise outcome
+            server.require(plan.ready(arm))
         yield [server.url for server in servers]
 
 
@@ -173,15 +176,15 @@ def ask_or_exit(
 
 def finish(plan: Plan) -> None:
     """Write the record of a command that ended."""
-    config = vars(plan.args) | {"dtype": plan.dtype, "sglang_flags": plan.flags}
+    config = vars(plan.args) | {"dtype": plan.dtype, "engine_flags": plan.flags}
     write_provenance(plan.out, config, [path for path in plan.files.values() if path])
 
 
 def main(argv: list[str] | None = None) -> None:
-    ours, sglang_flags = split_flags(argv)
+    ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
     at_least(args, 0, "repeat_questions")
-    plan = Plan(args, sglang_flags)
+    plan = Plan(args, flags)
     results, environments = ask_or_exit(plan, args.repeat_questions, OUTPUTS)
     lines = result_lines(plan, results, environments)
     write_jsonl(plan.out / "results.jsonl", lines)

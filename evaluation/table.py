@@ -108,11 +108,9 @@ def markdown(report: dict) -> str:
     environment = report["environment"]
     place = environment["gpu"] or "CPU"
     versions = environment["versions"]
-    engine = (
-        f"SGLang {versions.get('sglang')}"
-        if environment["backend"] == "sglang"
-        else f"torch {versions.get('torch')}"
-    )
+    engines = {"sglang": ("SGLang", "sglang"), "vllm": ("vLLM", "vllm")}
+    name, package = engines.get(environment["backend"], ("torch", "torch"))
+    engine = f"{name} {versions.get(package)}"
     head = ["arm", *(titles[name] for name in report["tasks"]), "average"]
     rows = []
     for name in report["arms"]:

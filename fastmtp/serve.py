@@ -176,9 +176,7 @@ def serve(
     print(f"starting; the log is {log}", flush=True)
     try:
         with Server(argv, port, log, env=env, host=host, secret=secret) as server:
-            text = log.read_text(encoding="utf-8", errors="replace")
-            if missing := next((line for line in ready if line not in text), None):
-                raise ServerError(f"the engine passes over our extension: no '{missing}' in {log}")
+            server.require(ready)
             print(
                 f"{server.url} answers after {time.monotonic() - started:.0f} s; Ctrl-C stops it", flush=True
             )

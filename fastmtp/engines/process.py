@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastmtp.cli import InputError
@@ -101,6 +101,12 @@ class Server:
             if time.monotonic() - started > self.wait:
                 raise ServerError(f"the server does not answer after {self.wait:g} s{self.tail()}")
             time.sleep(0.5)
+
+    def require(self, lines: Sequence[str]) -> None:
+        """ServerError unless the log holds each line: engines pass over an extension that does not load."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        if missing := next((line for line in lines if line not in text), None):
+            raise ServerError(f"the engine passes over our extension: no '{missing}' in {self.log}")
 
     def tail(self) -> str:
         """The last log lines, to end an error message with."""

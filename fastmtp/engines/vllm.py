@@ -193,7 +193,7 @@ def cache_gib(config: dict) -> int:
     return 1 + per_token * config["max_position_embeddings"] // 2**30
 
 
-def ready_lines(model_config: dict, num_steps: int, token_map: str | None) -> list[str]:
-    """What the log says once our plugin does its part."""
-    lines = [POST_NORM_READY] if num_steps and is_post_norm(model_config) else []
+def ready_lines(config: dict, num_steps: int, token_map: str | None) -> list[str]:
+    """What the log says once our plugin does its part. config: the folder's config.json."""
+    lines = [POST_NORM_READY] if num_steps and is_post_norm(config) else []
     return [*lines, TOKEN_MAP_READY] if token_map else lines

@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastmtp import files
-from fastmtp.checkpoint import CODE, CONTRACT_KEY, PREFIX
-from fastmtp.weights import INDEX
+from fastmtp.checkpoint import CODE, CONTRACT_KEY, INDEX, PREFIX
 
 MODEL, BACKBONE = "model", "backbone"
 LEFT_OUT = {"config.json", "run.json", INDEX, *(path.name for path in CODE)}

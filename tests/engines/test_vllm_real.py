@@ -113,7 +113,7 @@ def test_drafts_change_nothing_and_cost_the_same_passes(token_map, model, prompt
 
 
 def test_the_counters_tell_the_same_as_the_answers(model, prompts, reference, tmp_path):
-    """Of a server too old to count per answer: tokens per pass are exact, bins may differ in the last pass."""
+    """A server too old to count per answer: tokens per pass are exact, bins may differ in the last pass."""
     turns = answers(line_for(model, STEPS, MAP, FLAGS), model, prompts[:4], tmp_path / "log")
     for turn, right in zip(turns, reference[STEPS, MAP], strict=False):
         assert turn.output_ids == right.ids and turn.verify_passes == right.verify_passes
