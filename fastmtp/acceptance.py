@@ -23,7 +23,7 @@ from fastmtp import files, markdown
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.teacher import greedy
-from fastmtp.model import Model, check, head_for, load
+from fastmtp.model import Model, check, head_for, load, put_head
 from fastmtp.tau import Acceptance, walk
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, load_map, names_by_anchor, parse_maps, union
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load(args.model, args.dtype, args.device)
     rows, tables = {steps: [] for steps in at}, []
     for name, head in heads.items():
-        model.net.load_head(head)
+        put_head(model.net, name, head)
         for steps, results in measure_at(model, samples, at, maps, None, vocab).items():
             rows[steps] += as_json(results, name)
             tables.append(f"head: {name}, K={steps}\n\n{table(results)}\n")

@@ -264,6 +264,23 @@ def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
     return head
 
 
+def head_state(name: str | Path) -> str:
+    """The backbone's state that a head was trained on, `post_norm` or `pre_norm`.
+
+    Training writes it beside the tensors, export into config.json; a head that says nothing is older than the
+    choice, and is fed with the state after the final norm.
+    """
+    folder = head_folder(name)
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as tensors:
+            if "mtp_hidden" in (tensors.metadata() or {}):
+                return tensors.metadata()["mtp_hidden"]
+    config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    contract = config.get(CONTRACT_KEY)
+    said = contract.get("mtp_hidden") if isinstance(contract, dict) else config.get("mtp_hidden")
+    return said or CONTRACT["mtp_hidden"]
+
+
 def check_head(head: dict[str, torch.Tensor], config: dict, where: str | Path) -> None:
     """InputError if a head has other shapes than a MiMo configuration calls for."""
     shapes = expected_shapes(config, where)
@@ -340,6 +357,8 @@ def copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(old, new, 16 << 20)
 
 
-def save_head(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a head's tensors into `folder`, as training leaves them: one file, full names."""
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def save_head(folder: Path, tensors: dict[str, torch.Tensor], hidden: str = CONTRACT["mtp_hidden"]) -> None:
+    """Write a head's tensors into `folder`, as training leaves them: one file, full names. hidden: the
+    backbone's state that it was trained on (`head_state`).
+    """
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "mtp_hidden": hidden})

@@ -22,7 +22,7 @@ from fastmtp.checkpoint import head_folder, weight_files
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.fingerprint import fingerprint, machine
-from fastmtp.model import Model, check, head_for, load
+from fastmtp.model import Model, check, head_for, load, put_head
 from fastmtp.speculative import generate
 from fastmtp.tau import accept_length, position_rates
 from fastmtp.tokenizer import load_tokenizer
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     depends, maps = dependencies(args)
     model = load(args.model, args.dtype, args.device)
     if head:
-        model.net.load_head(head)
+        put_head(model.net, args.head, head)
     rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, depends)
     files.write_provenance(out, vars(args), [args.prompts, *maps], depends)
     figures = summarise(rows)

@@ -32,6 +32,7 @@ from fastmtp.checkpoint import (
     copy,
     finish_folder,
     head_folder,
+    head_state,
     read_head,
     read_tensors,
     weight_files,
@@ -54,6 +55,8 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
     check_head(new, config, head)
     new = {name: tensor.to(old[name].dtype).contiguous() for name, tensor in new.items()}
     check_finite(new.items(), f"{head} in {base}'s dtype")
+    contract = {"mtp_hidden": head_state(head)}
+    contract |= {CONTRACT_KEY: CONTRACT | contract}  # the first for transformers, the second for engines
     tokenizer = load_tokenizer(base)
     check_finite(read_tensors(entries), base)
     with files.atomic(out) as folder:
@@ -62,7 +65,7 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
         for path in base.iterdir():
             if path.is_file() and path.suffix not in LEFT_OUT and path.name not in SKIP:
                 shutil.copyfile(path, folder / path.name)
-        finish_folder(folder, config | {CONTRACT_KEY: CONTRACT}, tokenizer)
+        finish_folder(folder, config | contract, tokenizer)
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(head_folder(head))
         )

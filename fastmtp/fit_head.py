@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files
-from fastmtp.checkpoint import PREFIX, save_head
+from fastmtp.checkpoint import PREFIX, check_finite, save_head
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import read_samples
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
-from fastmtp.model import check, check_finite, load
+from fastmtp.model import check, load
 from fastmtp.prepare_model import take_over
 from fastmtp.tokenizer import load_tokenizer
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = load(args.model, args.dtype, args.device)
     head, explained, positions = fit(model.net, texts)
-    check_finite(args.out, head)
+    check_finite(head.items(), args.out)
     with files.atomic(Path(args.out)) as folder:
         folder.mkdir()
         save_head(folder, head)

@@ -21,6 +21,7 @@ from fastmtp.checkpoint import (
     check_head,
     check_weights,
     expected_shapes,
+    head_state,
     headers,
     read_head,
 )
@@ -56,6 +57,8 @@ def check(folder: str | Path, device: str = "cpu") -> MiMoConfig:
     try:
         # The folder's type is one that engines know; ours is the one with the head.
         config = MiMoConfig.from_dict({**about, "model_type": MiMoConfig.model_type})
+        config.mtp_hidden = head_state(folder)
+        _ = config.objective
         with torch.device("meta"):
             MiMoForCausalLM(config)
     except Exception as error:  # whatever a wrong value makes transformers or torch stumble over
@@ -115,6 +118,13 @@ def head_for(name: str | Path, config: MiMoConfig) -> dict[str, Tensor]:
     tensors = read_head(name)
     check_head(tensors, config.to_dict(), name)
     return tensors
+
+
+def put_head(net: MiMoForCausalLM, name: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Replace the head of `net` by that of `name` (`head_for`), and feed it with what it was trained on."""
+    net.load_head(tensors)
+    net.config.mtp_hidden = head_state(name)
+    _ = net.config.objective
 
 
 def _reason(error: Exception) -> str:

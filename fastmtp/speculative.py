@@ -69,19 +69,19 @@ class Backbone:
         self.device = net.lm_head.weight.device
 
     def forward(self, ids: list[int], start: int, keep: int) -> tuple[Tensor, Tensor]:
-        """Read `ids` at positions start..: their states [1, n, H], logits [keep, V] of the last ones."""
+        """Read `ids` at positions start..: what the head is fed with [1, n, H], last logits [keep, V]."""
         n, mask = len(ids), None
         if start and n > 1:  # several queries behind a cache: a causal mask cannot be implied
             mask = torch.ones(n, start + n, dtype=torch.bool, device=self.device).tril(start)
         with attention_of(self.net.config, ATTENTION):
-            states = self.net.model(
+            hidden, fed = self.net.backbone(
                 input_ids=torch.tensor([ids], device=self.device),
                 attention_mask={"full_attention": mask},
                 position_ids=torch.arange(start, start + n, device=self.device)[None],
                 past_key_values=self.cache,
                 use_cache=True,
-            ).last_hidden_state
-        return states, self.net.lm_head(states[0, -keep:])
+            )
+        return fed, self.net.lm_head(hidden[0, -keep:])
 
     def forget(self, count: int) -> None:
         """Drop the last `count` positions: drafts that were rejected."""

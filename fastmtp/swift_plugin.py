@@ -102,7 +102,8 @@ class MTPTemplate(Template):
         record = os.environ.get("FASTMTP_RECORD")
         if record:
             shutil.copyfile(record, Path(output_dir) / Path(record).name)
-        save_head(Path(output_dir), self.gathered or head_of(model))
+        config = getattr(model, "module", model).config
+        save_head(Path(output_dir), self.gathered or head_of(model), config.mtp_hidden)
 
 
 def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -20,13 +20,13 @@ import torch
 from benchmarks.ablation.table import report, tables
 from fastmtp import files
 from fastmtp.acceptance import measure_at
-from fastmtp.checkpoint import head_folder, read_head, save_head, weight_files
+from fastmtp.checkpoint import head_folder, head_state, read_head, save_head, weight_files
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, with_base
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.export import export
 from fastmtp.fingerprint import differences, fingerprint, machine
-from fastmtp.model import head_for, load
+from fastmtp.model import head_for, load, put_head
 from fastmtp.train import check, swift_keys, train
 from fastmtp.yaml_file import read_mapping
 
@@ -165,7 +165,7 @@ def keep_head(checkpoint: str | Path, out: Path) -> None:
         head = {
             name: tensor.to(torch.bfloat16).contiguous() for name, tensor in read_head(checkpoint).items()
         }
-        save_head(folder, head)
+        save_head(folder, head, head_state(checkpoint))
         files.write_provenance(folder, {"checkpoint": str(Path(checkpoint).resolve().name)})
 
 
@@ -196,7 +196,7 @@ def figures(base: str, head: Path, answers: str, leave_out: list[str], dtype: st
     intervals.
     """
     model = load(base, dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    model.net.load_head(head_for(head, model.net.config))
+    put_head(model.net, head, head_for(head, model.net.config))
     samples = [s for s in read_samples(answers, model.net.vocab_size) if s.get("source", "") not in leave_out]
     check_measurable(answers, samples)
     return {

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from fastmtp.checkpoint import CONTRACT_KEY
 from fastmtp.cli import InputError
 from fastmtp.engines.address import HOST, check_host, check_port
 from fastmtp.engines.sglang_flags import ALIASES, canonical, merged, values
@@ -105,6 +106,12 @@ def check_model(folder: str, num_steps: int, flags: Sequence[str] = ()) -> dict:
         # SGLang would allocate the draft's KV cache for every layer of the backbone.
         layers = config.get("num_nextn_predict_layers")
         raise InputError(f"{path}: num_nextn_predict_layers is {layers}, must be 1; export the model again")
+    contract = config.get(CONTRACT_KEY)
+    if num_steps and isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm":
+        raise InputError(
+            f"{path}: its head was trained on the state before the final norm, SGLang hands over the one after; "
+            "serve it with --engine vllm, or train it with mtp_hidden post_norm"
+        )
     kind = config.get("model_type")
     if "auto_map" in config and kind not in CONFIG_MAPPING_NAMES and "--trust-remote-code" not in flags:
         raise InputError(

@@ -66,7 +66,7 @@ def _number(value: object) -> bool:
 
 
 def step_weights(num_steps: int, beta: float) -> list[float]:
-    """alpha_1..alpha_K, proportional to beta^(k-1), summing to 1. Raises ValueError for K < 1 or beta <= 0."""
+    """alpha_1..alpha_K, proportional to beta^(k-1), summing to 1. ValueError for K < 1 or beta <= 0."""
     if num_steps < 1 or beta <= 0:
         raise ValueError(f"need num_steps >= 1 and beta > 0, not {num_steps} and {beta}")
     powers = [beta**k for k in range(num_steps)]

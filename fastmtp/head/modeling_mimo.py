@@ -4,8 +4,7 @@ Weight names are those of the released MiMo-7B checkpoints (`model.mtp_layers.0.
 gives the FastMTP loss of the head over K recursive steps; the backbone's own next-token logits are then never
 computed. Without labels it is an ordinary causal language model (generation, verification).
 
-This file and the five that it imports (export.CODE_FILES) are also saved beside an exported checkpoint
-(`trust_remote_code=True`).
+The files of this folder are also saved beside an exported checkpoint (`trust_remote_code=True`).
 """
 
 from __future__ import annotations
@@ -31,20 +30,23 @@ from .losses import Objective, mtp_loss
 from .recursion import layout, recurse
 from .varlen import Documents, documents, flash_usable, packed_attention
 
+HIDDEN = ("post_norm", "pre_norm")  # the state after the final norm (SGLang), or before it (vLLM's MiMo)
 VARLEN = f"{__name__}.varlen"  # a copy of this file beside a checkpoint registers its own
 
 
 class MiMoConfig(Qwen2Config):
     """Qwen2's configuration, the number of MTP layers, and how the head is trained (recursion.py, losses.py).
 
-    mtp_num_steps: recursive steps K; mtp_attention: paper | exact; the others: losses.Objective. Defaults are
-    the paper's loss on `exact` attention.
+    mtp_num_steps: recursive steps K; mtp_attention: paper | exact; mtp_hidden: HIDDEN, the backbone's state
+    that the head is fed with; the others: losses.Objective. Defaults are the paper's loss on `exact`
+    attention, with the state that SGLang hands over.
     """
 
     model_type = "mimo"
     num_nextn_predict_layers: int = 1
     mtp_num_steps: int = 3
     mtp_attention: str = "exact"
+    mtp_hidden: str = "post_norm"
     mtp_beta: float = 0.6
     mtp_labels: str = "data"
     mtp_top_k: int = 64
@@ -52,6 +54,9 @@ class MiMoConfig(Qwen2Config):
 
     @property
     def objective(self) -> Objective:
+        """What is learnt. ValueError for a setting out of range."""
+        if self.mtp_hidden not in HIDDEN:
+            raise ValueError(f"mtp_hidden must be one of {', '.join(HIDDEN)}, not {self.mtp_hidden}")
         return Objective(**{field.name: getattr(self, f"mtp_{field.name}") for field in fields(Objective)})
 
 
@@ -81,7 +86,7 @@ def attention_of(config: Qwen2Config, name: str) -> Iterator[None]:
 
 @dataclass
 class MTPLossOutput(CausalLMOutputWithPast):
-    """`loss` is the weighted scalar; `step_losses` K tensors [N_k], the unweighted token losses of each step."""
+    """`loss` is the weighted scalar; `step_losses`: K tensors [N_k], the token losses of each step."""
 
     step_losses: list[Tensor] | None = None
 
@@ -183,6 +188,16 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         """(cos, sin) [B, T, D] float32 for positions [B, T]."""
         return self.model.rotary_emb(torch.empty(0, device=positions.device), positions)
 
+    def backbone(self, **inputs) -> tuple[Tensor, Tensor]:
+        """(states after the final norm, the states that the head is fed with), both [B, T, H]."""
+        entering: list[Tensor] = []  # the final norm
+        hook = self.model.norm.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+        try:
+            hidden = self.model(**inputs).last_hidden_state
+        finally:
+            hook.remove()
+        return hidden, hidden if self.config.mtp_hidden == "post_norm" else entering[0]
+
     def mtp_states(
         self,
         input_ids: Tensor,
@@ -191,7 +206,8 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         num_steps: int | None = None,
         attention: str | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Backbone states [B, T, H], the head's states of each step (K x [B, T, H]) and the segments [B, T].
+        """Backbone states after the final norm [B, T, H], the head's states of each step (K x [B, T, H]) and
+        the segments [B, T].
 
         input_ids: [B, T]; `num_steps` and `attention` default to the configuration. The backbone runs without
         gradients unless something in it is trained.
@@ -208,25 +224,25 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
             if flash_usable(embeds) and not self.model.has_sliding_layers:
                 where = documents(segments)
                 with attention_of(self.config, VARLEN):
-                    hidden = self.model(
+                    hidden, fed = self.backbone(
                         inputs_embeds=embeds,
                         attention_mask={"full_attention": None},
                         position_ids=positions,
                         use_cache=False,
                         cu_seq_lens_q=where.starts,
                         max_length_q=where.longest,
-                    ).last_hidden_state
+                    )
             else:
-                hidden = self.model(
+                hidden, fed = self.backbone(
                     inputs_embeds=embeds,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     use_cache=False,
-                ).last_hidden_state
+                )
         states = recurse(
             self.head,
             self.rope,
-            hidden,
+            fed,
             embeds,
             positions,
             segments,

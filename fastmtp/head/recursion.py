@@ -9,9 +9,11 @@ forcing):
 
 What the step-k query of anchor p may see is the one choice, `attention`:
 
-    paper   the step-k keys of all positions <= p (FastMTP, arXiv 2509.18362, section 2.1): one causal pass a step
-    exact   the step-1 keys of positions <= p and its own chain of steps 2..k. This is what an engine computes while
-            it drafts: committed keys come from true hidden states, only the tokens in flight are recursive
+    paper   the step-k keys of all positions <= p (FastMTP, arXiv 2509.18362, section 2.1): one causal pass
+            per step
+    exact   the step-1 keys of positions <= p and its own chain of steps 2..k. This is what an engine
+            computes while it drafts: committed keys come from true hidden states, only the tokens in flight
+            are recursive
 
 Both agree at step 1. On a GPU in half precision no T x T matrix exists (varlen.py); elsewhere attention is
 written out here, which is what the kernels are tested against. Imports torch alone (and `varlen`).

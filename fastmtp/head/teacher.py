@@ -5,9 +5,11 @@ It is kept as the `top_k` likeliest ids, their probabilities, and what is left i
 over it serves all K steps, and no [tokens, vocabulary] outlives its chunk. Two divergences of the buckets, p
 the backbone's, q the draft's:
 
-    kl   KL(p || q), which is cross-entropy less p's entropy; with all mass on one id it is plain cross-entropy
-    lk   w * KL + (1 - w) * TV, w = exp(-3 a), a = 1 - TV the acceptance rate of speculative sampling, w without
-         gradient (arXiv 2602.23881): KL while the draft is poor, then what sampling at a temperature really pays
+    kl   KL(p || q), which is cross-entropy less p's entropy; with all mass on one id it is plain
+         cross-entropy
+    lk   w * KL + (1 - w) * TV, w = exp(-3 a), a = 1 - TV the acceptance rate of speculative sampling, w
+         without gradient (arXiv 2602.23881): KL while the draft is poor, then what sampling at a temperature
+         really pays
 
 Imports torch alone (and `row_loss`).
 """
@@ -24,7 +26,8 @@ CHUNK_BYTES = 256 * 2**20
 GPU_CHUNKS = 8  # a GPU's products want some thousand rows
 LK_DECAY = 3.0
 TINY = 1e-30
-TAIL = 1e-6  # 1 minus a sum is no more exact than this, and its inverse scales the gradient of every token in the tail
+# 1 minus a sum is no more exact than this, and its inverse scales the gradient of every token in the tail.
+TAIL = 1e-6
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -159,9 +159,6 @@ class TableBackbone:
     def embed_tokens(self, ids):
         return nn.functional.one_hot(ids, 4).float()
 
-    def __call__(self, input_ids, **_):
-        return SimpleNamespace(last_hidden_state=self.embed_tokens(input_ids))
-
 
 class TableNet:
     """A bigram model behind the decoder's interface: next-token tables for the backbone and for the head, so
@@ -185,6 +182,10 @@ class TableNet:
         self.head = SimpleNamespace(
             self_attn=attention, fuse=lambda h, e: e, qkv=self.qkv, finish=self.finish
         )
+
+    def backbone(self, input_ids, **_):
+        states = self.model.embed_tokens(input_ids)
+        return states, states
 
     def qkv(self, fused, cos, sin):
         return (fused.new_zeros(1, 1, fused.shape[1], 1),) * 3

@@ -43,7 +43,7 @@ assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]
 print("equal", flush=True)
 dist.barrier()
 dist.destroy_process_group()
-os._exit(0)  # at the interpreter's end one of gloo's threads may still be alive, which aborts the process now and then
+os._exit(0)  # at the interpreter's end one of gloo's threads may still be alive, which can abort the process
 """
 
 
@@ -61,7 +61,11 @@ def test_sharded_gradients_are_the_whole_ones():
             "--no-python",
         ]
         + [sys.executable, "-c", PROGRAM],
-        env={"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        env={
+            "PYTHONPATH": f"{TESTS}:{TESTS / 'head'}:{TESTS.parent}",
+            "OMP_NUM_THREADS": "1",
+            "PATH": "/usr/bin:/bin",
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -72,7 +72,7 @@ class SlowHead:
 
 
 def draft_loop(net, ids: Tensor, num_steps: int) -> list[list[Tensor]]:
-    """logits[p][k-1] of an engine that has read x_0..x_{p+1} and drafts on, always told the true next token."""
+    """logits[p][k-1] of an engine that has read x_0..x_{p+1} and drafts on, always told the true token."""
     slow = SlowHead(net)
     hidden = net.model(ids[None]).last_hidden_state[0]
     embed = net.model.embed_tokens.weight[ids]

@@ -106,9 +106,9 @@ class Useful:
     token_map: torch.Tensor
 
 
-def useful_model() -> Useful:
+def useful_model(**changes) -> Useful:
     """Train a head for a moment on its model's greedy answers; tau comes out near 2."""
-    net = tiny_model(7, spread=0.2, vocab_size=32, mtp_num_steps=3)
+    net = tiny_model(7, spread=0.2, vocab_size=32, mtp_num_steps=3, **changes)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 32, (3 + n % 4,), generator=generator).tolist() for n in range(12)]
     answers = [generate(wrap(net), prompt, 40, 0).ids for prompt in prompts]
