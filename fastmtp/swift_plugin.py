@@ -192,16 +192,23 @@ def check_trainable(model: torch.nn.Module) -> None:
         )
 
 
+def is_running(process: int) -> bool:
+    """Whether a process runs. One that was killed may keep its number until its parent has looked at it."""
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
 def end_with(parent: int) -> None:
     """End this process once `parent` is gone: a killed command must not leave a training behind."""
 
     def watch() -> None:
-        while True:
-            try:
-                os.kill(parent, 0)
-            except OSError:
-                os._exit(1)
-            time.sleep(1)
+        while is_running(parent):
+            time.sleep(0.2)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -205,6 +205,8 @@ def run_swift(recipe: dict, sets: dict[str, TrainingSet], start: Start, folder: 
     recipe = {**recipe, "resume_from_checkpoint": str(start.checkpoint) if start.checkpoint else None}
     if added:
         recipe["callbacks"] = [*names(recipe, "callbacks"), *added]
+    if "mtp_tau" in added and recipe.get("save_total_limit") == 1:
+        recipe["save_total_limit"] = 2  # the best and the last: of one, transformers keeps the best alone
     for key, rows in sets.items():
         data = names(recipe, key)
         order = None

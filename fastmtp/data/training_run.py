@@ -66,7 +66,9 @@ def depends_on(recipe: dict) -> dict[str, object]:
     for key in ("dataset", "val_dataset"):
         data = names(recipe, key)
         contents[key] = [split_count(name)[0] for name in data if is_local(name)]
-        settings[f"{key} (names and counts)"] = [split_count(n)[1] if is_local(n) else n for n in data]
+        taken = [split_count(name)[1] if is_local(name) else name for name in data]
+        if any(taken):  # how many rows of a file, or the name on a hub
+            settings[f"{key} taken"] = taken
     head.pop("mtp_compile", None)
     own = {k: v for k, v in recipe.items() if k not in NO_MATTER and not k.startswith("dataloader_")}
     return fingerprint.fingerprint(contents, settings | own | head | {"processes": processes()})
