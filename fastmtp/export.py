@@ -1,4 +1,7 @@
-r"""Head + base -> one folder that SGLang loads as it is, and transformers with `trust_remote_code=True`.
+r"""Head + base -> one folder that SGLang, vLLM with our plugin and transformers load as it is.
+
+With `--for vllm-stock` the output holds two folders, for a vLLM on which our plugin cannot be installed, and
+a README.md with the command that starts it.
 
 The base's weight files are linked (copied where links are impossible), except that their head tensors give
 way to the trained ones; nothing else changes, byte for byte.
@@ -38,11 +41,14 @@ from fastmtp.checkpoint import (
     weight_files,
 )
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.engines.vllm_stock import MODEL, add_backbone
 from fastmtp.tokenizer import load_tokenizer
 
 
-def export(base: str | Path, head: str | Path, out: str | Path) -> None:
+def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool = False) -> None:
     """Write folder `out`: the base with the head of checkpoint `head`, cast to the base head's dtype.
+
+    vllm_stock: two folders in `out`, see fastmtp/engines/vllm_stock.py.
 
     Raises InputError for a base or a head that is not whole, or that do not fit each other.
     """
@@ -56,16 +62,23 @@ def export(base: str | Path, head: str | Path, out: str | Path) -> None:
     new = {name: tensor.to(old[name].dtype).contiguous() for name, tensor in new.items()}
     check_finite(new.items(), f"{head} in {base}'s dtype")
     contract = {"mtp_hidden": head_state(head)}
+    if vllm_stock and contract["mtp_hidden"] != CONTRACT["mtp_hidden"]:
+        raise InputError(
+            f"{head}: it was trained for vLLM's own MiMo, which serves the usual folder; omit --for"
+        )
     contract |= {CONTRACT_KEY: CONTRACT | contract}  # the first for transformers, the second for engines
     tokenizer = load_tokenizer(base)
     check_finite(read_tensors(entries), base)
     with files.atomic(out) as folder:
-        folder.mkdir()
-        _write_weights(folder, entries, new)
+        target = folder / MODEL if vllm_stock else folder
+        target.mkdir(parents=True)
+        _write_weights(target, entries, new)
         for path in base.iterdir():
             if path.is_file() and path.suffix not in LEFT_OUT and path.name not in SKIP:
-                shutil.copyfile(path, folder / path.name)
-        finish_folder(folder, config | contract, tokenizer)
+                shutil.copyfile(path, target / path.name)
+        finish_folder(target, config | contract, tokenizer)
+        if vllm_stock:
+            add_backbone(folder)
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(head_folder(head))
         )
@@ -92,19 +105,26 @@ def _write_weights(folder: Path, entries: dict[str, Entry], head: dict) -> None:
 def parser() -> Parser:
     p = Parser(
         "python -m fastmtp.export",
-        "Put a trained head into its base model: one folder for SGLang and transformers.",
+        "Put a trained head into its base model: one folder for SGLang, vLLM and transformers.",
         "python -m fastmtp.export --base models/mimo-7b-rl --head runs/mimo7b_k3/last-checkpoint "
         "--out models/mimo-7b-fastmtp",
     )
     p.add_argument("--base", required=True, help="model folder that the head was trained on")
     p.add_argument("--head", required=True, help="checkpoint folder that training wrote")
     p.add_argument("--out", required=True, help="new model folder")
+    p.add_argument(
+        "--for",
+        dest="target",
+        choices=("engines", "vllm-stock"),
+        default="engines",
+        help="vllm-stock: two folders for a vLLM without our plugin (default: one folder for every engine)",
+    )
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    export(args.base, args.head, args.out)
+    export(args.base, args.head, args.out, args.target == "vllm-stock")
     print(f"exported {args.out}")
 
 

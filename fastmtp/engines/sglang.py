@@ -106,12 +106,6 @@ def check_model(folder: str, num_steps: int, flags: Sequence[str] = ()) -> dict:
         # SGLang would allocate the draft's KV cache for every layer of the backbone.
         layers = config.get("num_nextn_predict_layers")
         raise InputError(f"{path}: num_nextn_predict_layers is {layers}, must be 1; export the model again")
-    contract = config.get(CONTRACT_KEY)
-    if num_steps and isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm":
-        raise InputError(
-            f"{path}: its head was trained on the state before the final norm, SGLang hands over the one after; "
-            "serve it with --engine vllm, or train it with mtp_hidden post_norm"
-        )
     kind = config.get("model_type")
     if "auto_map" in config and kind not in CONFIG_MAPPING_NAMES and "--trust-remote-code" not in flags:
         raise InputError(
@@ -139,6 +133,12 @@ def check(
     check_port(port)
     check_host(host, port)
     config = check_model(model, num_steps, flags)
+    contract = config.get(CONTRACT_KEY)
+    if num_steps and isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm":
+        raise InputError(
+            f"{model}: its head was trained on the state before the final norm, and SGLang hands over the "
+            "one after it; serve it with --engine vllm, or train it with mtp_hidden post_norm"
+        )
     own = {"--model-path": model, "--host": host, "--port": str(port)}
     if num_steps:
         own["--speculative-num-steps"] = str(num_steps)

