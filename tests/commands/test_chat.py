@@ -13,7 +13,7 @@ from fastmtp.chat import (
     prompt_ids,
 )
 from fastmtp.cli import InputError
-from fastmtp.curate import training_row
+from fastmtp.data.scan import training_row
 
 SINGLE = [
     {"role": "user", "content": "what is two plus two?"},
