@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: the folders at the top of the checkout that the wheel carries as data.
 
-`fastmtp.files.resource` finds them in both places.
+`fastmtp.inputs.resource` finds them in both places.
 """
 
 from setuptools import find_packages, setup

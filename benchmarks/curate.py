@@ -28,7 +28,8 @@ from pathlib import Path
 import psutil
 
 from fastmtp.cli import InputError, Parser, at_least, run
-from fastmtp.files import atomic, claim, read_jsonl, write_jsonl, write_provenance
+from fastmtp.files import atomic, claim, write_jsonl, write_provenance
+from fastmtp.inputs import read_jsonl
 from fastmtp.vocab.lang import detect
 
 # A word, a Chinese character or a stretch of white space; only white space is never edited.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.inputs import existing
 
 # In the order of their ids, from 151643 on.
 ADDED = (
@@ -36,7 +37,7 @@ def find_ranks() -> Path:
     spec = importlib.util.find_spec("dashscope")
     if spec is None:
         raise InputError("dashscope is not installed; pip install dashscope, or pass --ranks qwen.tiktoken")
-    return files.existing(Path(spec.origin).parent / "resources" / "qwen.tiktoken")
+    return existing(Path(spec.origin).parent / "resources" / "qwen.tiktoken")
 
 
 def build(ranks: Path):
@@ -99,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--ranks", help="a qwen.tiktoken file (default: the one in the installed dashscope)")
     p.add_argument("--check", help="UTF-8 text to encode with tokenizers and tiktoken, which must agree")
     args = p.parse_args(argv)
-    ranks = files.existing(args.ranks) if args.ranks else find_ranks()
+    ranks = existing(args.ranks) if args.ranks else find_ranks()
     tokenizer = build(ranks)
     with files.atomic(args.out) as temporary:
         tokenizer.save_pretrained(temporary)
         files.write_provenance(temporary, vars(args), [ranks])
     print(f"{args.out}: {len(tokenizer)} tokens, {ADDED[0]} is {tokenizer.convert_tokens_to_ids(ADDED[0])}")
     if args.check:
-        lines, tokens = check(tokenizer, ranks, files.existing(args.check))
+        lines, tokens = check(tokenizer, ranks, existing(args.check))
         print(f"{args.check}: {lines} lines, {tokens} tokens, the same with tiktoken")
 
 

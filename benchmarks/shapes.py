@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.cli import InputError
-from fastmtp.files import read_jsonl
+from fastmtp.inputs import read_jsonl
 
 BYTES = 2  # bfloat16
 

@@ -15,6 +15,7 @@ from evaluation.backends import Turn
 from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.fingerprint import differences, digest
+from fastmtp.inputs import read_jsonl
 
 
 class Answers:
@@ -44,7 +45,7 @@ class Answers:
         if text and not text.endswith(b"\n"):
             os.truncate(self.path, text.rfind(b"\n") + 1)
         rows = {}
-        for number, row in files.read_jsonl(self.path):
+        for number, row in read_jsonl(self.path):
             key = row.get("question")
             ours = row.get("settings") == self.settings and isinstance(row.get("turns"), list)
             if not ours or not isinstance(key, str):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastmtp import plots
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.files import existing, read_json
+from fastmtp.inputs import existing, read_json
 from fastmtp.plots import plt, style
 
 LINES = ["-", "--", "-.", ":"]

@@ -21,8 +21,9 @@ from evaluation.backends import BackendError, Server
 from evaluation.questions import Task, digest, load_questions, question_keys
 from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.engines.address import api_key, base_url
-from fastmtp.files import check_output, claim, provenance, read_jsonl, release, write_jsonl
+from fastmtp.files import check_output, claim, provenance, release, write_jsonl
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
+from fastmtp.inputs import read_jsonl
 from fastmtp.tokenizer import load_tokenizer
 
 # In these an arm may differ from its baseline: the drafts, and what SGLang sets by itself for them.

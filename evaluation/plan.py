@@ -35,8 +35,9 @@ from fastmtp.engines.sglang_flags import (
     streams,
     values,
 )
-from fastmtp.files import check_output, claim, existing, read_json, resource
+from fastmtp.files import check_output, claim
 from fastmtp.fingerprint import fingerprint, gpu_name, machine
+from fastmtp.inputs import existing, read_json, resource
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import load_map
 

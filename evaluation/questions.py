@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.cli import InputError
-from fastmtp.files import read_jsonl
+from fastmtp.inputs import read_jsonl
 
 # Fields that would be part of a question, with the row names of other data sets.
 PARTS = ("system", "system_prompt", "context", "passages", "documents", "instruction", "input", "messages")

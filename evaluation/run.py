@@ -25,7 +25,8 @@ from evaluation.plan import Arm, Plan, add_arguments
 from evaluation.questions import Task, question_keys
 from fastmtp.cli import Parser, at_least, run, split_at_dashes
 from fastmtp.engines import process, sglang
-from fastmtp.files import atomic, read_json, write_json, write_jsonl, write_provenance
+from fastmtp.files import atomic, write_json, write_jsonl, write_provenance
+from fastmtp.inputs import read_json
 
 OUTPUTS = ("results.jsonl", "table.json", "table.md", "radar.png", "steps.png", "acceptance.png")
 Result = tuple[Arm, Task, list[dict]]  # an arm's answers to a task

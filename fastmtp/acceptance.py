@@ -23,6 +23,7 @@ from fastmtp import files, markdown
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.teacher import greedy
+from fastmtp.inputs import shipped
 from fastmtp.model import Model, check, head_for, load, put_head
 from fastmtp.tau import Acceptance, walk
 from fastmtp.tokenizer import load_tokenizer
@@ -213,7 +214,7 @@ def parser() -> Parser:
     p.add_argument(
         "--token-map",
         action="append",
-        type=files.shipped,
+        type=shipped,
         default=[],
         help="also with this map (.pt); may be repeated",
     )

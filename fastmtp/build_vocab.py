@@ -26,6 +26,7 @@ import torch
 from fastmtp import files
 from fastmtp import fingerprint as content
 from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.inputs import read_json
 from fastmtp.tokenizer import fingerprint, load_tokenizer
 from fastmtp.vocab import corpus
 from fastmtp.vocab.coverage import UNION, coverage, left_out, plot, table
@@ -52,7 +53,7 @@ def forced_ids(tokenizer, name: str) -> np.ndarray:
     for config in ("generation_config.json", "config.json"):
         path = cached_file(name, config, _raise_exceptions_for_missing_entries=False)
         if path:
-            end = files.read_json(path).get("eos_token_id")
+            end = read_json(path).get("eos_token_id")
             forced.update(i for i in (end if isinstance(end, list) else [end]) if type(i) is int)
     single = [
         *ByteLevel.alphabet(),

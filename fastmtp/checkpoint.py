@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.fingerprint import CACHE
+from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import check_same, different, load_tokenizer
 
 PREFIX = "model.mtp_layers."
@@ -74,10 +74,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that make up a model or checkpoint folder. InputError if there are none, or if
     one that the index names is not there.
     """
-    folder = files.existing(folder, "folder")
+    folder = existing(folder, "folder")
     everything = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file() and folder / "model.safetensors" not in everything:
-        names = files.read_json(folder / INDEX).get("weight_map")
+        names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise InputError(f"{folder / INDEX}: no weight_map in it; copy the folder again")
         listed = sorted({folder / Path(name).name for name in names.values()})
@@ -198,8 +198,8 @@ def check_weights(folder: str | Path) -> dict[str, Entry]:
 
     Raises InputError in one line that names tensors; returns the headers' entries.
     """
-    folder = files.existing(folder, "model folder")
-    config = files.read_json(folder / "config.json")
+    folder = existing(folder, "model folder")
+    config = read_json(folder / "config.json")
     check_config(config, folder)
     entries, shapes = headers(folder), expected_shapes(config, folder)
     odd = [n for n, e in entries.items() if e.dtype not in DTYPES or n.endswith(QUANTISED)]
@@ -275,7 +275,7 @@ def head_state(name: str | Path) -> str:
         with safe_open(path, framework="pt") as tensors:
             if "mtp_hidden" in (tensors.metadata() or {}):
                 return tensors.metadata()["mtp_hidden"]
-    config = files.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     contract = config.get(CONTRACT_KEY)
     said = contract.get("mtp_hidden") if isinstance(contract, dict) else config.get("mtp_hidden")
     return said or CONTRACT["mtp_hidden"]

@@ -37,17 +37,8 @@ from fastmtp.data.curate_report import Tally, write_report
 from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates
 from fastmtp.data.mixture import DataConfig, choose
 from fastmtp.data.scan import FOREIGN, Rules, Scanned, Spelling, scan_line
-from fastmtp.files import (
-    atomic,
-    check_output,
-    claim,
-    disk_errors,
-    existing,
-    read_record,
-    record_of,
-    shipped,
-    write_provenance,
-)
+from fastmtp.files import atomic, check_output, claim, disk_errors, read_record, record_of, write_provenance
+from fastmtp.inputs import existing, shipped
 from fastmtp.yaml_file import load_yaml
 
 CHUNK = 128  # samples that travel to a worker together

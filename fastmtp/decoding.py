@@ -22,6 +22,7 @@ from fastmtp.checkpoint import head_folder, weight_files
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.fingerprint import fingerprint, machine
+from fastmtp.inputs import read_jsonl, shipped
 from fastmtp.model import Model, check, head_for, load, put_head
 from fastmtp.speculative import generate
 from fastmtp.tau import accept_length, position_rates
@@ -90,7 +91,7 @@ def compare(
                     "draft_s": drafted.decode_s,
                 }
             )
-    return [row for _, row in files.read_jsonl(out)]
+    return [row for _, row in read_jsonl(out)]
 
 
 def encode_prompts(tokenizer, prompts: list[dict], room: int, path: str) -> list[dict]:
@@ -123,11 +124,11 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, help="model folder in MiMo layout")
     p.add_argument("--head", help="a checkpoint or shipped head instead of the model's own")
-    p.add_argument("--prompts", required=True, type=files.shipped, help="jsonl with `messages` or `prompt`")
+    p.add_argument("--prompts", required=True, type=shipped, help="jsonl with `messages` or `prompt`")
     p.add_argument("--split", help="use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle, K (default 3)")
-    p.add_argument("--token-map", type=files.shipped, help="draft only tokens of this map (.pt)")
+    p.add_argument("--token-map", type=shipped, help="draft only tokens of this map (.pt)")
     p.add_argument(
         "--token-maps",
         metavar="EN=PATH,ZH=PATH",

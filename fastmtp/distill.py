@@ -28,6 +28,7 @@ from fastmtp.data.prompts import Chat, chats, file_rows, limited, listed_rows
 from fastmtp.data.rendering import check_template
 from fastmtp.engines.address import api_key
 from fastmtp.engines.process import ServerError
+from fastmtp.inputs import existing, shipped
 from fastmtp.yaml_file import load_yaml
 
 
@@ -47,12 +48,12 @@ def parser() -> Parser:
     asked.add_argument(
         "--prompts",
         nargs="+",
-        type=files.shipped,
+        type=shipped,
         help="jsonl with `messages` or `prompt`, and optionally id, source, lang",
     )
     asked.add_argument(
         "--data",
-        type=files.shipped,
+        type=shipped,
         help="data set list: sources, local or on the Hub, and their sampling (configs/data/*.yaml)",
     )
     p.add_argument("--split", help="of --prompts, use only rows whose `split` is this")
@@ -93,7 +94,7 @@ def parser() -> Parser:
         p.add_argument(name, type=kind, help=f"{text} (default {getattr(default, flag)})")
     p.add_argument(
         "--sampling",
-        type=files.shipped,
+        type=shipped,
         metavar="YAML",
         help="source -> these four, for sources that want their own",
     )
@@ -125,7 +126,7 @@ class Questions:
         self.rows = limited(rows, args.limit)
         # What a server computes in is its own affair; here float32 and bfloat16 are two ways to answer.
         self.tag = (
-            f"{fingerprint.content(files.existing(args.model, 'model folder'))[:12]} {args.dtype} {args.seed}"
+            f"{fingerprint.content(existing(args.model, 'model folder'))[:12]} {args.dtype} {args.seed}"
         )
         self.keys = {chat.key for chat in self.chats()}
         if not self.keys:

@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
-from fastmtp import files
 from fastmtp.checkpoint import headers
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.health.folder import ERROR, Folder, Line
 from fastmtp.health.serving import engines, expected, server
 from fastmtp.health.tensors import architecture, biases, head, output_matrix, quantisation, tensors
 from fastmtp.health.tokens import tokenizer
+from fastmtp.inputs import existing, read_json
 
 
 def lines(name: str, check: Callable[..., Iterator[Line]], *arguments) -> list[Line]:
@@ -37,8 +37,8 @@ def lines(name: str, check: Callable[..., Iterator[Line]], *arguments) -> list[L
 
 
 def examine(args: argparse.Namespace) -> list[Line]:
-    path = files.existing(args.folder, "model folder")
-    folder = Folder(path, files.read_json(path / "config.json"), {})
+    path = existing(args.folder, "model folder")
+    folder = Folder(path, read_json(path / "config.json"), {})
     page = lines("architecture", architecture, folder)
     try:
         folder.entries = headers(path)
@@ -50,7 +50,7 @@ def examine(args: argparse.Namespace) -> list[Line]:
     page += lines("tokenizer", tokenizer, folder)
     page += lines("SGLang", engines, folder)
     if args.data:
-        files.existing(args.data)
+        existing(args.data)
         page += lines("accept length", expected, folder, args.data, args.limit, args.num_steps)
     if args.server:
         page += lines("server", server, folder, args.server)

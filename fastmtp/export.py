@@ -42,6 +42,7 @@ from fastmtp.checkpoint import (
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.vllm_stock import MODEL, add_backbone
+from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
 
 
@@ -52,12 +53,12 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
 
     Raises InputError for a base or a head that is not whole, or that do not fit each other.
     """
-    base, out = files.existing(base, "model folder"), Path(out)
+    base, out = existing(base, "model folder"), Path(out)
     if any(Path(given).resolve().is_relative_to(out.resolve()) for given in (base, head)):
         raise InputError(f"{out}: the output must be a new folder, not one of the inputs or around them")
     files.check_output(out)
     old, new = read_head(base), read_head(head)
-    entries, config = check_weights(base), files.read_json(base / "config.json")
+    entries, config = check_weights(base), read_json(base / "config.json")
     check_head(new, config, head)
     new = {name: tensor.to(old[name].dtype).contiguous() for name, tensor in new.items()}
     check_finite(new.items(), f"{head} in {base}'s dtype")

@@ -1,8 +1,8 @@
-"""Reading what people hand us and writing what others rely on.
+"""Writing what others rely on.
 
-Inputs: JSON lines, plain or gzipped; a broken line is named by file and number. Outputs: written under a
-temporary name and renamed, so that a file is either whole or absent, with a `run.json` beside it that says
-how it was made.
+Every output is written under a temporary name and renamed, so that a file is either whole or absent. Its
+record (`run.json` in a folder, `NAME.run.json` beside a file) says how it was made and that it is ours.
+Nothing without such a record is ever replaced.
 """
 
 from __future__ import annotations
@@ -10,101 +10,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.resources
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fastmtp import fingerprint
-from fastmtp.checkout import checkout, command_line, git_state
+from fastmtp.checkout import command_line, git_state
 from fastmtp.cli import InputError
-
-HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-def existing(path: str | Path, what: str = "file") -> Path:
-    """`path` as a Path; raises InputError if there is none."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such {what}; check the path")
-    return path
-
-
-SHIPPED = ("configs", "examples", "vocab")  # folders of the checkout that an installed package carries too
-
-
-def resource(path: str | Path) -> Path:
-    """`path` as it is if it exists, else the file or folder of this name that comes with the project.
-
-    Shipped are configs/, examples/, vocab/ and the package's own fastmtp/; other paths are left as they are.
-    """
-    path = Path(path)
-    package = importlib.resources.files("fastmtp")
-    if path.exists() or path.is_absolute():
-        return path
-    if path.parts[:1] == ("fastmtp",):
-        shipped = Path(str(package.joinpath(*path.parts[1:])))
-    elif path.parts[:1] and path.parts[0] in SHIPPED:
-        shipped = (checkout() or Path(str(package.joinpath("resources")))) / path
-    else:
-        return path
-    return shipped if shipped.exists() else path
-
-
-def shipped(path: str) -> str:
-    """`resource` for argparse's `type`: an input such as configs/curate.yaml is found from any folder."""
-    return str(resource(path)) if path else path
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file; blank lines are passed over.
-
-    Raises InputError naming the file and the line for a missing or unreadable file, a line that is not JSON,
-    not UTF-8 or not an object.
-    """
-    path = existing(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json_object(line, f"{path}:{number}")
-    except (OSError, EOFError, zlib.error) as error:  # a folder, a false or torn gzip file, no permission
-        raise InputError(f"{path}: cannot be read ({error}); give a .jsonl or .jsonl.gz file") from None
-
-
-def json_object(line: bytes, place: str) -> dict:
-    """One line (or file) of UTF-8 that holds a JSON object. Raises InputError, starting with `place`."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if HALF_PAIR.search(line):  # the escaped half of a character: no UTF-8 file can hold it again
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not JSON ({error.msg}); fix or remove it") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{place}: not UTF-8 text; fix or remove it") from None
-    except UnicodeEncodeError:
-        raise InputError(f"{place}: text that is not valid UTF-8; fix or remove it") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-        raise InputError(f"{place}: JSON that is too large or too deeply nested; remove it") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: expected a JSON object, not {type(row).__name__}; fix it")
-    return row
-
-
-def read_json(path: str | Path) -> dict:
-    """A JSON file that holds one object. Raises InputError naming the file for anything else."""
-    return json_object(existing(path).read_bytes(), str(path))
 
 
 def record_of(output: str | Path) -> Path:

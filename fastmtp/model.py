@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from fastmtp import files
 from fastmtp.checkpoint import (
     HEAD_TENSORS,
     PREFIX,
@@ -27,6 +26,7 @@ from fastmtp.checkpoint import (
 )
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import end_ids, load_tokenizer
 
 CURE = "make the folder with fastmtp.prepare_model or fastmtp.export"
@@ -46,9 +46,9 @@ def check(folder: str | Path, device: str = "cpu") -> MiMoConfig:
 
     Raises InputError for any other folder, and for a device that PyTorch cannot use.
     """
-    folder = files.existing(folder, "model folder")
+    folder = existing(folder, "model folder")
     check_device(device)
-    about = files.read_json(folder / "config.json")
+    about = read_json(folder / "config.json")
     present = headers(folder).keys()
     body = expected_shapes(about, folder).keys() - HEAD_TENSORS
     if body <= present and HEAD_TENSORS.isdisjoint(present):

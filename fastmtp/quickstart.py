@@ -30,6 +30,7 @@ from fastmtp.checkpoint import HEADS
 from fastmtp.cli import Parser, run
 from fastmtp.decoding import summarise
 from fastmtp.fingerprint import code, content, differences, fingerprint, machine
+from fastmtp.inputs import read_json, read_jsonl, resource
 
 PROMPTS = "examples/prompts.jsonl"
 RECIPE, CLEANING = "configs/quickstart.yaml", "configs/quickstart_curate.yaml"
@@ -151,9 +152,7 @@ def measuring(s: Sizes) -> list[Stage]:
 
 def facts_of(stage: Stage) -> dict[str, object]:
     """All that a stage's result depends on; its inputs must be there."""
-    inputs = {
-        name: HEADS / name if name in (VANILLA, SHIPPED) else files.resource(name) for name in stage.reads
-    }
+    inputs = {name: HEADS / name if name in (VANILLA, SHIPPED) else resource(name) for name in stage.reads}
     settings = {"command": [stage.module, *stage.arguments], "code": code(), **machine()}
     if stage.module == "prepare_model":
         with suppress(importlib.metadata.PackageNotFoundError):  # the command itself says what is missing
@@ -171,7 +170,7 @@ def remove(path: Path) -> None:
 
 def read_log(record: Path) -> dict:
     """What earlier runs did, by stage; what another version wrote in another form counts as nothing done."""
-    log = files.read_json(record) if record.exists() else {}
+    log = read_json(record) if record.exists() else {}
     return {
         name: entry
         for name, entry in log.items()
@@ -227,13 +226,13 @@ def summarise_run(sizes: Sizes, log: dict, install_s: float | None) -> dict:
     """
     out = Path("results") / sizes.name
     exact, fast, shipped_exact, shipped_fast = (
-        summarise([row for _, row in files.read_jsonl(out / f"{prefix}{dtype}.jsonl")])
+        summarise([row for _, row in read_jsonl(out / f"{prefix}{dtype}.jsonl")])
         for prefix in ("", "shipped-")
         for dtype in ("float32", "bfloat16")
     )
     seconds = {name: entry["seconds"] for name, entry in log.items()}
     if install_s is not None:  # a later call finds the environment made: keep what making it took
-        before = files.read_json(out / "summary.json")["seconds"] if (out / "summary.json").exists() else {}
+        before = read_json(out / "summary.json")["seconds"] if (out / "summary.json").exists() else {}
         seconds = {"install": max(install_s, before.get("install", 0.0))} | seconds
     summary = {
         "tau": round(exact["accept_length"], 3),

@@ -16,6 +16,7 @@ from pathlib import Path
 from fastmtp import files, markdown
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.decoding import summarise
+from fastmtp.inputs import read_json, read_jsonl
 from fastmtp.markdown import number
 from fastmtp.tau import Acceptance
 
@@ -38,7 +39,7 @@ def read_losses(folder: str | Path) -> Curves:
     """The loss of each step from ms-swift's log. Raises InputError if it has none."""
     path = Path(folder) / "logging.jsonl"
     curves: Curves = {}
-    for place, row in files.read_jsonl(path):
+    for place, row in read_jsonl(path):
         if "learning_rate" not in row:  # the closing summary, an evaluation
             continue
         for key, value in row.items():
@@ -57,7 +58,7 @@ def read_losses(folder: str | Path) -> Curves:
 
 def read_acceptance(path: str | Path) -> Pooled:
     """Pooled acceptance from fastmtp.acceptance's JSON, in the file's order. Raises InputError."""
-    rows = files.read_json(path).get("rows")
+    rows = read_json(path).get("rows")
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: no rows; write it with fastmtp.acceptance --out")
     pooled: Pooled = {}
@@ -76,7 +77,7 @@ def read_decoding(path: str | Path) -> dict:
     kinds = {"output_ids": list, "verify_passes": int, "histogram": list, "identical": bool}
     kinds |= {"plain_s": (int, float), "draft_s": (int, float)}
     rows = []
-    for place, row in files.read_jsonl(path):
+    for place, row in read_jsonl(path):
         if not is_row(row, kinds) or (rows and len(row["histogram"]) != len(rows[0]["histogram"])):
             raise InputError(f"{path}:{place}: not a row of fastmtp.decoding; give its --out")
         rows.append(row)

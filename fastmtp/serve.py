@@ -28,7 +28,7 @@ from fastmtp.engines.address import HOST
 from fastmtp.engines.process import Server, ServerError
 from fastmtp.engines.sglang import VOCAB_READY, command, sglang_version, vocab_environment
 from fastmtp.engines.sglang_flags import canonical
-from fastmtp.files import read_json, shipped
+from fastmtp.inputs import read_json, shipped
 
 KEY = "FASTMTP_API_KEY"
 

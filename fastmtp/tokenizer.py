@@ -16,8 +16,8 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastmtp import files
 from fastmtp.cli import InputError
+from fastmtp.inputs import read_json
 
 FILE = "tokenizer.json"
 FILES = (  # all that a tokenizer consists of
@@ -117,7 +117,7 @@ def save_tokenizer(tokenizer, source: str | Path, folder: Path) -> None:
     """Put the tokenizer of `source` into `folder`; byte for byte if its files alone make it."""
     source = Path(source)
     settings = source / "tokenizer_config.json"
-    settings = files.read_json(settings) if settings.is_file() else {}
+    settings = read_json(settings) if settings.is_file() else {}
     as_published = (
         (source / FILE).is_file()
         and "auto_map" not in settings
@@ -203,6 +203,6 @@ def end_ids(folder: str | Path, tokenizer) -> set[int]:
     ends = {tokenizer.eos_token_id}
     for name in ("config.json", "generation_config.json"):
         if (Path(folder) / name).exists():
-            value = files.read_json(Path(folder) / name).get("eos_token_id")
+            value = read_json(Path(folder) / name).get("eos_token_id")
             ends |= set(value if isinstance(value, list) else [value])
     return ends - {None}

@@ -39,6 +39,7 @@ from fastmtp.data.training_run import Start, names, processes
 from fastmtp.data.training_set import TrainingSet, is_local, read_set, shuffled, split_count, write_set
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.head.recursion import ATTENTIONS
+from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
 
 NEEDED = ("model", "dataset", "output_dir", "model_kwargs")
@@ -71,7 +72,7 @@ def check(recipe: dict, known: set[str], place: str) -> None:
             if not isinstance(name, str):
                 raise InputError(f"{place}: '{key}' must be paths, not {name!r}")
             if is_local(name):
-                files.existing(split_count(name)[0], f"file ('{key}' in {place})")
+                existing(split_count(name)[0], f"file ('{key}' in {place})")
     if not isinstance(recipe.get("columns") or {}, dict):
         raise InputError(f"{place}: 'columns' must be a block such as {{prompt: query}}")
     if "mtp_eval_data" in recipe["model_kwargs"]:
@@ -79,7 +80,7 @@ def check(recipe: dict, known: set[str], place: str) -> None:
             raise InputError(
                 f"{place}: mtp_eval_data picks the best checkpoint by tau, val_dataset by loss; leave one out"
             )
-        files.existing(recipe["model_kwargs"]["mtp_eval_data"], f"file ('mtp_eval_data' in {place})")
+        existing(recipe["model_kwargs"]["mtp_eval_data"], f"file ('mtp_eval_data' in {place})")
     read_head(recipe["model"])
 
 
@@ -123,7 +124,7 @@ def read_data(recipe: dict, max_dropped: float) -> dict[str, TrainingSet]:
     tokenizer = load_tokenizer(recipe["model"])
     if tokenizer.eos_token_id is None:
         raise InputError(f"{recipe['model']}: its tokenizer has no end-of-turn token; set eos_token there")
-    config = files.read_json(Path(recipe["model"]) / "config.json")
+    config = read_json(Path(recipe["model"]) / "config.json")
     vocab_size = min(config["vocab_size"], len(tokenizer))
     rules = Rules(
         vocab_size,

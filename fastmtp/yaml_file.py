@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fastmtp.cli import InputError
-from fastmtp.files import existing
+from fastmtp.inputs import existing
 
 T = TypeVar("T")
 

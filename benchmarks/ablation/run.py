@@ -26,6 +26,7 @@ from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, with_base
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.export import export
 from fastmtp.fingerprint import differences, fingerprint, machine
+from fastmtp.inputs import existing, read_json, read_jsonl, resource
 from fastmtp.model import head_for, load, put_head
 from fastmtp.train import check, swift_keys, train
 from fastmtp.yaml_file import read_mapping
@@ -43,14 +44,14 @@ def read_config(path: str | Path) -> dict:
 
     InputError for unknown keys, an arm without `about` or with other data than `source` or `self`.
     """
-    config = {"leave_out": []} | read_mapping(files.resource(path), "list of arms")
+    config = {"leave_out": []} | read_mapping(resource(path), "list of arms")
     for key in config:
         if key not in KEYS:
             raise InputError(f"{path}: unknown key '{key}'; it holds {', '.join(KEYS)}")
     for key in ("recipe", "arms"):
         if not isinstance(config.get(key), dict):
             raise InputError(f"{path}: '{key}' must be a block; see configs/ablation.yaml")
-    config["recipe"] = with_base(config["recipe"], files.resource(path))
+    config["recipe"] = with_base(config["recipe"], resource(path))
     for name, arm in config["arms"].items():
         if not isinstance(arm, dict) or arm.get("data") not in DATA or not arm.get("about"):
             raise InputError(
@@ -83,7 +84,7 @@ def perform(name: str, recipe: dict, start: str, about: str, args, known: set[st
     folder, depends = own_folder(Path(args.out) / name), depends_on(recipe, start, args)
     if finished(folder, depends | measured_with(args), name):
         return
-    before = files.read_json(folder / ARM) if (folder / ARM).exists() else {}
+    before = read_json(folder / ARM) if (folder / ARM).exists() else {}
     if before != depends:  # another training: nothing of the old one may be taken for it
         clear(folder)
         files.write_json(folder / ARM, depends)
@@ -147,7 +148,7 @@ def finished(folder: Path, depends: dict, name: str) -> bool:
     """Whether the arm's result is of the same training and measurement; says so, or what has changed."""
     if not (folder / "result.json").exists():
         return False
-    changed = differences(files.read_json(folder / "result.json").get("fingerprint") or {}, depends)
+    changed = differences(read_json(folder / "result.json").get("fingerprint") or {}, depends)
     print(f"[{name}] {'done again: ' + '; '.join(changed) if changed else 'finished before'}", flush=True)
     return not changed
 
@@ -171,7 +172,7 @@ def keep_head(checkpoint: str | Path, out: Path) -> None:
 
 def training_facts(run_folder: Path) -> dict:
     """Optimiser steps, seconds, tokens read and the curve of tau on held-out samples, from ms-swift's log."""
-    rows = [row for _, row in files.read_jsonl(run_folder / "logging.jsonl")]
+    rows = [row for _, row in read_jsonl(run_folder / "logging.jsonl")]
     steps = {
         id(row): int(row["global_step/max_steps"].split("/")[0])
         for row in rows
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in config["arms"]:
             raise InputError(f"--arms: no arm '{name}' in {args.config}; it has {', '.join(config['arms'])}")
     for path in (args.self_data, args.source_data, args.held_out, args.answers):
-        files.existing(path)
+        existing(path)
     for path in tables(Path(args.out)):
         files.check_output(path)
     read_head(args.model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastmtp import files
+from fastmtp.inputs import read_json
 from fastmtp.markdown import number
 from fastmtp.tau import Acceptance, bootstrap, bounds
 
@@ -16,7 +17,7 @@ REFERENCE = "self"  # FastMTP as published: the model's own answers, `paper` att
 def report(out: Path, names: list[str]) -> str:
     """Write table.md and table.json over the finished arms of `names`, in that order; returns the text."""
     results = [
-        files.read_json(out / name / "result.json") for name in names if (out / name / "result.json").exists()
+        read_json(out / name / "result.json") for name in names if (out / name / "result.json").exists()
     ]
     table = {
         result["arm"]: {

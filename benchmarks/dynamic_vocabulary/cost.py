@@ -33,8 +33,9 @@ from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
 from fastmtp.engines.sglang_flags import DUMMY, MEASURED, merged, split_flags, streams
-from fastmtp.files import atomic, claim, read_json, write_json, write_provenance
+from fastmtp.files import atomic, claim, write_json, write_provenance
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
+from fastmtp.inputs import read_json
 from fastmtp.sglang_ext.active_head import ActiveHead
 from fastmtp.vocab.draft_vocab import AUTO, MIXED, UNION, DraftVocab
 from fastmtp.vocab.lang import LANGUAGES

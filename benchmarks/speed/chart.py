@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastmtp import plots
 from fastmtp.cli import Parser, run
-from fastmtp.files import read_json
+from fastmtp.inputs import read_json
 from fastmtp.plots import plt, style
 
 

@@ -36,8 +36,9 @@ from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
 from fastmtp.engines.sglang_flags import split_flags
-from fastmtp.files import atomic, claim, read_jsonl, write_json, write_provenance
+from fastmtp.files import atomic, claim, write_json, write_provenance
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
+from fastmtp.inputs import read_jsonl
 
 PROFILED_CYCLES = 40
 PROFILED_TOKENS = 512  # of the traced answer: more than 0.3 s and the traced cycles take at any K

@@ -21,7 +21,7 @@ from datasketch import MinHash
 from fastmtp.cli import InputError
 from fastmtp.data.messages import check_messages
 from fastmtp.data.units import units
-from fastmtp.files import read_jsonl
+from fastmtp.inputs import read_jsonl
 
 PERMUTATIONS = 128
 # Two samples of similarity s meet in some band with probability 1 - (1 - s^4)^32: 99 % at 0.6.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import SETTINGS
+from fastmtp.inputs import resource
 from fastmtp.yaml_file import read_mapping
 
 HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile")
@@ -46,7 +46,7 @@ EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 takes 1e-5 fo
 
 def read_recipe(path: str | Path) -> dict:
     """A recipe file as a dict, its base included. InputError if one of them is missing or not a recipe."""
-    path = files.resource(path)
+    path = resource(path)
     return with_base(read_mapping(path, "recipe"), path)
 
 
@@ -60,7 +60,7 @@ def with_base(recipe: dict, path: str | Path) -> dict:
         raise InputError(f"{path}: 'base' must be the name of a recipe beside this one, not {base!r}")
     file = Path(path).parent / base
     if not file.exists():  # a recipe copied elsewhere: its base is still the project's
-        file = files.resource(Path("configs") / base)
+        file = resource(Path("configs") / base)
     common = read_mapping(file, f"recipe ('base' in {path})")
     if "base" in common:
         raise InputError(f"{file}: a base has no base of its own; write its keys here")
@@ -135,8 +135,8 @@ def complete(recipe: dict, place: str) -> dict:
         "deepspeed",
     ):  # a file of the project, a name such as zero2, or the settings themselves
         if isinstance(recipe.get(key), str):
-            recipe[key] = str(files.resource(recipe[key]))
-    return {**recipe, **fixed, "external_plugins": [str(files.resource(PLUGIN)), *others]}
+            recipe[key] = str(resource(recipe[key]))
+    return {**recipe, **fixed, "external_plugins": [str(resource(PLUGIN)), *others]}
 
 
 def _number(value: object) -> object:

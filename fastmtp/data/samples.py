@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmtp import files
 from fastmtp.chat import IGNORE, encode_chat
 from fastmtp.cli import InputError
 from fastmtp.data.messages import ROLES, text_field
+from fastmtp.inputs import read_jsonl
 
 
 def read_samples(path: str | Path, vocab_size: int, limit: int | None = None, tokenizer=None) -> list[dict]:
@@ -24,7 +24,7 @@ def read_samples(path: str | Path, vocab_size: int, limit: int | None = None, to
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
     samples = []
-    for number, row in files.read_jsonl(path):
+    for number, row in read_jsonl(path):
         place = f"{path}:{number}"
         labels = {name: text_field(row, name, place) or "" for name in ("source", "lang")}
         messages = _messages(row, place)

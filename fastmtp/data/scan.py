@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.data.cleaning import CleanConfig, verdict
 from fastmtp.data.dedup import Questions, signature
 from fastmtp.data.messages import check_ids, check_messages, refuse_unread, text_field
 from fastmtp.data.samples import spells
 from fastmtp.data.units import letters, units
+from fastmtp.inputs import json_object, read_json
 from fastmtp.tokenizer import load_tokenizer
 
 FOREIGN = {
@@ -51,7 +51,7 @@ class Spelling:
     def __init__(self, model: str):
         self.tokenizer = load_tokenizer(model)
         config = Path(model) / "config.json"
-        size = files.read_json(config).get("vocab_size") if config.is_file() else None
+        size = read_json(config).get("vocab_size") if config.is_file() else None
         self.size = max(len(self.tokenizer), size if type(size) is int else 0)
 
     def fault(self, sample: dict, answers: list[tuple[str, list[int]]]) -> str | None:
@@ -129,7 +129,7 @@ def _answer_ids(sample: dict, number: int, place: str) -> list[int] | None:
 
 def scan_line(line: bytes, place: str, rules: Rules) -> Scanned:
     """Judge one sample by itself and make its signatures."""
-    sample = files.json_object(line, place)
+    sample = json_object(line, place)
     row, answers = training_row(sample, place)
     source, lang, finish = (text_field(sample, name, place) or "" for name in ("source", "lang", "finish"))
     prompt = "\n".join(m["content"] for m in sample["messages"] if m["role"] == "user")

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import aiohttp
 
-from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.data.mixture import Sampling
 from fastmtp.data.rendering import Refused, check_template
 from fastmtp.engines.client import session
 from fastmtp.engines.process import ServerError
+from fastmtp.inputs import read_json
 from fastmtp.tokenizer import end_ids, load_tokenizer
 
 ATTEMPTS = 6
@@ -67,7 +67,7 @@ class Servers:
         self.urls = [url.rstrip("/") for url in urls]
         self.model_folder, self.tokenizer = model, load_tokenizer(model)
         self.eos_ids = end_ids(model, self.tokenizer)
-        config = files.read_json(Path(model) / "config.json")
+        config = read_json(Path(model) / "config.json")
         self.context = config.get("max_position_embeddings")
         if type(self.context) is not int:
             raise InputError(

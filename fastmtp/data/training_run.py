@@ -17,6 +17,7 @@ from pathlib import Path
 from fastmtp import files, fingerprint
 from fastmtp.cli import InputError
 from fastmtp.data.training_set import is_local, split_count
+from fastmtp.inputs import existing
 
 RECORD = "training.json"
 # Keys that say where files lie, what is shown, or how fast it goes; what they name is compared by content.
@@ -198,7 +199,7 @@ def shorter(before: dict, now: dict, progress: dict) -> list[str]:
 
 def state(checkpoint: Path) -> dict:
     """trainer_state.json. InputError if it is missing or broken."""
-    files.existing(checkpoint, "checkpoint")
+    existing(checkpoint, "checkpoint")
     progress = _read(checkpoint / "trainer_state.json")
     if progress is None or not all(type(progress.get(k)) is int for k in ("global_step", "max_steps")):
         raise InputError(f"{checkpoint}: no whole trainer_state.json; take an earlier checkpoint")

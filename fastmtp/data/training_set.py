@@ -23,6 +23,7 @@ import numpy as np
 from fastmtp import files
 from fastmtp.cli import InputError
 from fastmtp.data.training_rows import LeftOut, Rules, encode_row
+from fastmtp.inputs import existing, read_jsonl
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv")
 CHUNK = 500  # rows that one process encodes at a time
@@ -67,13 +68,13 @@ class TrainingSet:
 
 def read_file(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(file:line, row) of a .jsonl, .jsonl.gz, .json or .csv file. InputError for anything else."""
-    path = files.existing(path)
+    path = existing(path)
     if path.suffix == ".csv":
         return _read_csv(path)
     if path.suffix == ".json":
         return _read_json(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return ((f"{path}:{number}", row) for number, row in files.read_jsonl(path))
+        return ((f"{path}:{number}", row) for number, row in read_jsonl(path))
     raise InputError(f"{path}: not one of {', '.join(SUFFIXES)}; convert it first")
 
 
@@ -94,7 +95,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
-        yield from ((f"{path}:{number}", row) for number, row in files.read_jsonl(path))
+        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
         return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         if not isinstance(row, dict):

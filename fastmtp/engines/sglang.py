@@ -21,7 +21,8 @@ from fastmtp.engines.address import HOST, check_host, check_port
 from fastmtp.engines.sglang_flags import ALIASES, canonical, merged, values
 from fastmtp.engines.sglang_flags import split_flags as split_flags
 from fastmtp.engines.sglang_flags import without as without
-from fastmtp.files import existing, python_path, read_json
+from fastmtp.files import python_path
+from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab import draft_vocab
 

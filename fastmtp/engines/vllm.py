@@ -21,7 +21,7 @@ from fastmtp.cli import InputError
 from fastmtp.engines.address import HOST, check_host, check_port
 from fastmtp.engines.sglang import check_model, vocabulary, whole
 from fastmtp.engines.sglang_flags import merged, values
-from fastmtp.files import existing
+from fastmtp.inputs import existing
 from fastmtp.vllm_ext import POST_NORM_READY, TOKEN_MAP, TOKEN_MAP_READY
 from fastmtp.vocab import draft_vocab
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastmtp import files
 from fastmtp.checkpoint import CODE, CONTRACT_KEY, INDEX, PREFIX
+from fastmtp.inputs import read_json
 
 MODEL, BACKBONE = "model", "backbone"
 LEFT_OUT = {"config.json", "run.json", INDEX, *(path.name for path in CODE)}
@@ -34,10 +35,10 @@ def add_backbone(folder: Path) -> None:
     """Write `backbone` and README.md into `folder`, whose `model` is an exported folder with an index."""
     model, backbone = folder / MODEL, folder / BACKBONE
     backbone.mkdir()
-    config = files.read_json(model / "config.json")
+    config = read_json(model / "config.json")
     config = {name: value for name, value in config.items() if name not in ("auto_map", CONTRACT_KEY)}
     files.write_json(backbone / "config.json", config | {"architectures": ["Qwen2ForCausalLM"]})
-    index = files.read_json(model / INDEX)
+    index = read_json(model / INDEX)
     kept = {name: file for name, file in index["weight_map"].items() if not name.startswith(PREFIX)}
     size = sum((model / file).stat().st_size for file in set(kept.values()))
     files.write_json(backbone / INDEX, {"metadata": {"total_size": size}, "weight_map": kept})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fastmtp import files
 from fastmtp.health.folder import ERROR, OK, WARNING, Folder, Line
+from fastmtp.inputs import read_json
 from fastmtp.tokenizer import end_ids, own_tokenizer, takes_system_turn
 
 
@@ -39,7 +39,7 @@ def tokenizer(folder: Folder) -> Iterator[Line]:
 def _told(folder: Folder) -> set:
     """End ids that the configuration files name; generation_config.json wins where it has some."""
     path = folder.path / "generation_config.json"
-    value = (files.read_json(path) if path.is_file() else {}).get("eos_token_id")
+    value = (read_json(path) if path.is_file() else {}).get("eos_token_id")
     value = folder.config.get("eos_token_id") if value is None else value
     return set(value if isinstance(value, list) else [value])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastmtp import files
 from fastmtp.cli import InputError
+from fastmtp.inputs import shipped
 from fastmtp.tokenizer import fingerprint, load_tokenizer
 from fastmtp.vocab.script_table import WINDOW, ScriptTable, build
 from fastmtp.vocab.token_map import describe, load_token_map
@@ -146,7 +147,7 @@ def parse_maps(text: str) -> dict[str, str]:
             raise InputError(
                 f"--token-maps {part}: expected NAME=PATH pairs with a comma between, each name once"
             )
-        found[name] = files.shipped(path)
+        found[name] = shipped(path)
     if not found.keys() - {MIXED}:
         raise InputError("--token-maps: give at least one language's map, such as en=vocab/qwen2/en_32k.pt")
     return found

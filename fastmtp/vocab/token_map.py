@@ -15,6 +15,7 @@ import torch
 
 from fastmtp import files
 from fastmtp.cli import InputError
+from fastmtp.inputs import existing, read_json
 
 
 def parse_size(text: str) -> int:
@@ -43,7 +44,7 @@ def load_token_map(path: str | Path, vocab_size: int) -> torch.LongTensor:
     Raises InputError for a missing or unreadable file, other content, an empty map, or ids outside [0,
     vocab_size).
     """
-    path = files.existing(path, "token map")
+    path = existing(path, "token map")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever the file is, torch has an error of its own for it, of many lines,
@@ -83,7 +84,7 @@ def describe(path: str | Path) -> dict | None:
         return None
     advice = f"move it away from {path.name}, or build the map again with fastmtp.build_vocab"
     try:
-        about = files.read_json(beside)
+        about = read_json(beside)
     except (InputError, OSError):
         raise InputError(f"{beside}: cannot be read as the description of a token map; {advice}") from None
     facts = about.get("tokenizer")

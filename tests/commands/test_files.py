@@ -18,16 +18,14 @@ from fastmtp.cli import InputError
 from fastmtp.files import (
     atomic,
     claim,
-    existing,
     growing,
     provenance,
-    read_jsonl,
-    resource,
     sha256,
     write_json,
     write_jsonl,
     write_provenance,
 )
+from fastmtp.inputs import existing, read_jsonl, resource
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

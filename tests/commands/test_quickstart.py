@@ -11,6 +11,7 @@ import pytest
 from fastmtp import files, fingerprint, quickstart
 from fastmtp.cli import InputError
 from fastmtp.fingerprint import differences
+from fastmtp.inputs import resource
 from fastmtp.quickstart import SMOKE, VANILLA, Sizes, Stage, facts_of, perform, read_log, remove, stages
 
 
@@ -165,7 +166,7 @@ def test_a_stage_says_all_that_it_reads(sizes):
         own = {path for path in paths if path == stage.makes or Path(stage.makes).parent == Path(path)}
         assert paths - own <= {*stage.reads}, stage.name
         for path in stage.reads:
-            shipped = files.resource(path).exists() or path in (VANILLA, quickstart.SHIPPED)
+            shipped = resource(path).exists() or path in (VANILLA, quickstart.SHIPPED)
             assert shipped or any(Path(path).is_relative_to(folder) for folder in made), path
         made.append(stage.makes)
 

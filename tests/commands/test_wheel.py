@@ -70,8 +70,8 @@ def test_the_wheel_holds_every_shipped_file_and_no_other_package(wheel):
 
 
 def test_shipped_files_are_found_outside_the_checkout(installed):
-    code = "from fastmtp import checkout, files\n" + "\n".join(
-        f"assert files.resource('{name}').is_file() and files.resource('{name}').is_absolute(), '{name}'"
+    code = "from fastmtp import checkout, inputs\n" + "\n".join(
+        f"assert resource('{name}').is_file() and resource('{name}').is_absolute(), '{name}'"
         for name in (
             "configs/quickstart.yaml",
             "examples/prompts.jsonl",
@@ -103,6 +103,7 @@ def test_the_commands_run_from_the_wheel(installed, base_folder):
     code = f"""
 import sys
 from fastmtp import cli
+from fastmtp.inputs import resource
 for words, expected in {commands!r}:
     sys.argv = ["fastmtp", *words.split()]
     try:

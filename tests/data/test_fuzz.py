@@ -12,6 +12,7 @@ from fastmtp import curate, distill, files
 from fastmtp.cli import InputError
 from fastmtp.data import converse, curate_report
 from fastmtp.data import servers as distill_servers
+from fastmtp.inputs import read_jsonl
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=8) | st.sampled_from(
     ["", "x", "\ud83d", "\udc00"]
@@ -87,7 +88,7 @@ def test_curate(unpictured, lines):
             assert not (out / "train.jsonl").exists()
         else:
             counts = json.loads((out / "counts.json").read_text())
-            kept = sum(1 for _ in files.read_jsonl(out / "train.jsonl"))
+            kept = sum(1 for _ in read_jsonl(out / "train.jsonl"))
             assert counts["read"] == count == kept + sum(counts["dropped"].values())
         finally:
             files.release(out)
@@ -132,9 +133,9 @@ def test_distill(echo, lines):
         except InputError as error:
             one_line(error)
         except SystemExit as end:
-            failed = sum(1 for _ in files.read_jsonl(Path(folder) / "out.failed.jsonl"))
-            assert isinstance(end.code, str) and failed + sum(1 for _ in files.read_jsonl(out)) == count
+            failed = sum(1 for _ in read_jsonl(Path(folder) / "out.failed.jsonl"))
+            assert isinstance(end.code, str) and failed + sum(1 for _ in read_jsonl(out)) == count
         else:
-            assert sum(1 for _ in files.read_jsonl(out)) == count
+            assert sum(1 for _ in read_jsonl(out)) == count
         finally:
             files.release(out)
