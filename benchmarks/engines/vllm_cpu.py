@@ -18,7 +18,7 @@ from pathlib import Path
 
 from evaluation.backend_vllm import FLAGS, PER_REQUEST, VllmServer
 from evaluation.backends import Turn
-from fastmtp import files
+from fastmtp import files, markdown
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
@@ -82,30 +82,29 @@ def measure(args, mode: str, prompts: list[list[int]]) -> list[dict]:
     return rows
 
 
-def markdown(rows: list[dict], args, version: str) -> str:
-    """The table, with the command and the conditions."""
-    lines = [
-        "# vLLM on the CPU",
-        "",
-        f"vLLM {version} (CPU build), {len(os.sched_getaffinity(0))} cores, {args.dtype}, one request at a "
-        f"time, {args.prompts_used} prompts of up to {args.max_new_tokens} tokens, greedy, median of "
-        f"{args.rounds} rounds. {Path(args.model).name}.",
-        "",
-        "| mode | arm | tokens per second | speed-up | accept length | all rounds |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def report(rows: list[dict], args, version: str, prompts: int) -> str:
+    """The table, with the conditions."""
     plain = {row["mode"]: row["median"] for row in rows if row["arm"] == "plain"}
-    for row in rows:
-        tau = "" if row["accept_length"] is None else f"{row['accept_length']:.3f}"
-        rates = ", ".join(f"{one:.1f}" for one in row["rates"])
-        speed_up = row["median"] / plain[row["mode"]]
-        lines.append(
-            f"| {row['mode']} | {row['arm']} | {row['median']:.1f} | {speed_up:.2f} | {tau} | {rates} |"
-        )
-    loads = ", ".join(
-        f"{mode} {load:.1f}" for mode, load in {row["mode"]: row["load"] for row in rows}.items()
+    cells = [
+        [
+            row["mode"],
+            row["arm"],
+            f"{row['median']:.1f}",
+            f"{row['median'] / plain[row['mode']]:.2f}",
+            markdown.number(row["accept_length"], ".3f"),
+            ", ".join(f"{one:.1f}" for one in row["rates"]),
+        ]
+        for row in rows
+    ]
+    head = ["mode", "arm", "tokens per second", "speed-up", "accept length", "all rounds"]
+    loads = {row["mode"]: f"{row['mode']} {row['load']:.1f}" for row in rows}
+    return (
+        f"# vLLM on the CPU\n\n{Path(args.model).name} on vLLM {version} (CPU build), "
+        f"{len(os.sched_getaffinity(0))} cores, {args.dtype}, one request at a time, {prompts} prompts of "
+        f"up to {args.max_new_tokens} tokens, greedy, median of {args.rounds} rounds.\n\n"
+        f"{markdown.grid(head, cells, 2)}\n\n"
+        f"Load average when the first round began: {', '.join(loads.values())}.\n"
     )
-    return "\n".join([*lines, "", f"Load average when the first round began: {loads}.", ""])
 
 
 def parser() -> Parser:
@@ -137,11 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.model)
     rows = read_prompts(args.prompts, "heldout", args.limit)
     prompts = [prompt_ids(tokenizer, row["messages"]) for row in rows]
-    args.prompts_used = len(prompts)
     results = []
     for mode in MODES if args.mode == "both" else (args.mode,):
         results += measure(args, mode, prompts)
-    text = markdown(results, args, vllm.installed().version)
+    text = report(results, args, vllm.installed().version, len(prompts))
     with files.atomic(args.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     files.write_provenance(args.out, vars(args) | {"rows": results}, [args.prompts])
