@@ -1,7 +1,7 @@
 """A vLLM server as a backend: token ids in, token ids out, with the engine's own count of verify passes.
 
-vLLM 0.32 gives each answer's accepted drafts, pass by pass, if it was started with FLAGS. Older servers give
-counters for all answers together, which tell one answer's passes only while nobody else asks.
+vLLM 0.32 gives each answer's accepted drafts, pass by pass, if it was started with `flags`. Older servers
+give counters for all answers together, which tell one answer's passes only while nobody else asks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass
 
 from evaluation.backends import NEVER, BackendError, Server, Turn
+from fastmtp.engines.vllm import PER_REQUEST, Engine
 
-FLAGS = ["--no-enable-prefix-caching"]  # no arm profits from another's prompts
-PER_REQUEST = ["--per-request-spec-decode-metrics", "detailed"]
+UNCACHED = ["--no-enable-prefix-caching"]  # no arm profits from another's prompts
+COUNTED = ["--per-request-spec-decode-metrics", "detailed"]
 DRAFTS = "vllm:spec_decode_num_drafts_total"
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 POSITION = re.compile(r'position="(\d+)"')
@@ -47,6 +48,11 @@ class Passes:
         return result
 
 
+def flags(engine: Engine, num_steps: int) -> list[str]:
+    """For a server that is measured: vLLM refuses to count drafts where there are none."""
+    return [*UNCACHED, *(COUNTED if num_steps and engine.release >= PER_REQUEST else [])]
+
+
 class VllmServer(Server):
     """`async with VllmServer(url) as server:`. alone: one request at a time, so counters may be read."""
 
@@ -66,7 +72,7 @@ class VllmServer(Server):
         return {"model": root, "tokenizer": root, "version": version, "settings": settings}
 
     async def flush(self) -> None:
-        """Nothing: our servers keep no prompts (FLAGS)."""
+        """Nothing: our servers keep no prompts (UNCACHED)."""
 
     async def ask(
         self,

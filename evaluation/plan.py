@@ -214,9 +214,7 @@ class Plan:
     def server_flags(self) -> list[str]:
         """The engine's flags of every arm: ours, and in their place the user's."""
         if self.engine:
-            ours = ["--dtype", self.dtype, "--max-num-seqs", str(self.args.parallel), *backend_vllm.FLAGS]
-            ours += backend_vllm.PER_REQUEST if self.engine.release >= vllm.PER_REQUEST else []
-            return merged(ours, self.flags)
+            return merged(["--dtype", self.dtype, "--max-num-seqs", str(self.args.parallel)], self.flags)
         ours = ["--dtype", self.dtype, "--mem-fraction-static", "0.7"]
         if self.args.at_once > 1:
             # Shares of free memory mean nothing while others are taking theirs: a fixed key-value pool each.
@@ -230,7 +228,7 @@ class Plan:
     def command(self, arm: Arm, port: int, backend: str | None = None) -> list[str]:
         """The engine's command line for one arm. `backend`: SGLang's for attention. InputError as there."""
         if self.engine:
-            flags = self.server_flags()
+            flags = merged(backend_vllm.flags(self.engine, arm.num_steps), self.server_flags())
             return vllm.command(arm.model, arm.num_steps, arm.token_map, 1, port, flags, engine=self.engine)
         return sglang.command(arm.model, arm.num_steps, arm.token_map, 1, port, self.server_flags(), backend)
 

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.backend_vllm import FLAGS, PER_REQUEST, VllmServer
+from evaluation.backend_vllm import VllmServer, flags
 from evaluation.backends import Turn
 from fastmtp import files, markdown
 from fastmtp.chat import prompt_ids
@@ -61,10 +61,12 @@ def measure(args, mode: str, prompts: list[list[int]]) -> list[dict]:
     arms = {"plain": (0, None), f"K={args.num_steps}": (args.num_steps, None)}
     if args.token_map:
         arms[f"K={args.num_steps}, {Path(args.token_map).stem}"] = (args.num_steps, args.token_map)
-    flags = ["--dtype", args.dtype, *ONE, *FLAGS, *PER_REQUEST, *MODES[mode]]
+    common = ["--dtype", args.dtype, *ONE, *MODES[mode]]
     servers = []
     for port, (steps, token_map) in zip(free_ports(len(arms)), arms.values(), strict=True):
-        line = vllm.command(args.model, steps, token_map, 1, port, flags, engine=engine)
+        line = vllm.command(
+            args.model, steps, token_map, 1, port, [*common, *flags(engine, steps)], engine=engine
+        )
         log = Path(args.out).with_suffix("") / f"{mode}-{len(servers)}.log"
         servers.append(Server(line, port, log, env=vllm.environment(engine, args.model)))
     with together(servers) as outcomes:

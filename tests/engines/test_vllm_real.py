@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from evaluation.backend_vllm import FLAGS, PER_REQUEST, VllmServer
+from evaluation.backend_vllm import UNCACHED, VllmServer, flags
 from fastmtp.chat import prompt_ids
 from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import vllm
@@ -85,9 +85,10 @@ def answers(line, model, prompts, log, **options):
         return asyncio.run(ask(server.url))
 
 
-def line_for(model, steps, token_map=None, flags=(*FLAGS, *PER_REQUEST)):
-    port = free_ports(1)[0]
-    return vllm.command(model, steps, token_map, 1, port, [*ONE, *flags], engine=vllm.installed())
+def line_for(model, steps, token_map=None, counted=True):
+    port, engine = free_ports(1)[0], vllm.installed()
+    own = [*ONE, *(flags(engine, steps) if counted else UNCACHED)]
+    return vllm.command(model, steps, token_map, 1, port, own, engine=engine)
 
 
 def check_passes(turns, expected):
@@ -112,7 +113,7 @@ def test_drafts_change_nothing_and_cost_the_same_passes(token_map, model, prompt
 
 def test_the_counters_tell_the_same_as_the_answers(model, prompts, reference, tmp_path):
     """A server too old to count per answer: tokens per pass are exact, bins may differ in the last pass."""
-    turns = answers(line_for(model, STEPS, MAP, FLAGS), model, prompts[:4], tmp_path / "log")
+    turns = answers(line_for(model, STEPS, MAP, counted=False), model, prompts[:4], tmp_path / "log")
     for turn, right in zip(turns, reference[STEPS, MAP], strict=False):
         assert turn.output_ids == right.ids and turn.verify_passes == right.verify_passes
 
