@@ -217,5 +217,5 @@ def test_distilled_samples_reach_training_with_the_same_tokens(tokenizer):
     asked = prompt_ids(tokenizer, SINGLE[:1])
     answer = {"role": "assistant", "content": "two", "token_ids": exact}
     sample = {"id": "1", "messages": [SINGLE[0], answer], "prompt_ids": asked, "output_ids": exact}
-    messages, _, _ = training_row(sample, "here:1")
+    messages, _ = training_row(sample, "here:1")
     assert encode_chat(tokenizer, messages) == (asked + exact, [IGNORE] * len(asked) + exact)
