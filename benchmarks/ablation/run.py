@@ -156,7 +156,7 @@ def finished(folder: Path, depends: dict, name: str) -> bool:
 def measure_arm(folder: Path, facts: dict, depends: dict, args) -> None:
     tau = figures(args.model, folder / "head", args.answers, args.leave_out, args.dtype)
     files.write_json(folder / "result.json", facts | {"fingerprint": depends} | tau)
-    files.write_provenance(folder, {"arm": facts["arm"], "about": facts["about"]}, found=depends)
+    files.write_provenance(folder, {"arm": facts["arm"], "about": facts["about"]}, facts=depends)
 
 
 def keep_head(checkpoint: str | Path, out: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastmtp import files
 from fastmtp.inputs import read_json
-from fastmtp.markdown import number
+from fastmtp.markdown import grid, number
 from fastmtp.tau import Acceptance, bootstrap, bounds
 
 REFERENCE = "self"  # FastMTP as published: the model's own answers, `paper` attention, labels from the text
@@ -61,26 +61,21 @@ def at(result: dict, steps: str, results: list[dict]) -> dict:
     """Figures of one arm at one K: tau, its interval, its rates, by source; and the gain over REFERENCE,
     paired by answer.
     """
-    found = parts(result, steps)
+    by_source = parts(result, steps)
     row = {
-        "tau": {source: part.accept_length for source, part in found.items()},
-        "interval": found["all"].interval,
-        "position_rates": found["all"].position_rates,
+        "tau": {source: part.accept_length for source, part in by_source.items()},
+        "interval": by_source["all"].interval,
+        "position_rates": by_source["all"].position_rates,
     }
     for other in results:
         if other["arm"] == REFERENCE and other is not result:
             reference = parts(other, steps)["all"]
             if row["interval"] is None or reference.interval is None:  # nothing was verified
                 continue
-            ratio = bootstrap(found["all"].samples) / bootstrap(reference.samples)
-            row["gain"] = found["all"].accept_length / reference.accept_length - 1
+            ratio = bootstrap(by_source["all"].samples) / bootstrap(reference.samples)
+            row["gain"] = by_source["all"].accept_length / reference.accept_length - 1
             row["gain_interval"] = [bound - 1 for bound in bounds(ratio)]
     return row
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def percent(row: dict) -> str:
@@ -91,19 +86,30 @@ def percent(row: dict) -> str:
 
 
 def markdown(table: dict) -> str:
-    """Four tables: tau at each K, gains, rates and tau by source at the largest K and at 3, and what training
-    took.
+    """Tables of tau at each K, of gains, of rates and tau by source (at the largest K and at 3), and of what
+    training took.
     """
     if not table:
         return "No arm is finished."
     ks = list(next(iter(table.values()))["at"])
-    sources = list(next(iter(table.values()))["at"][ks[0]]["tau"])
-    lines = [
+    parts = [
         "# Ablation",
-        "",
         "tau: output tokens per verify pass, pooled over all answers; 95 % bootstrap intervals over answers.",
-        "",
+        *acceptance(table, ks),
     ]
+    for k in (k for k in ks if k in ("3", ks[-1])):
+        sources = list(next(iter(table.values()))["at"][k]["tau"])
+        rows = [
+            [name, *(number(arm["at"][k]["tau"][source], ".3f") for source in sources)]
+            for name, arm in table.items()
+        ]
+        parts += [f"tau by task, K={k}:", grid(["arm", *sources], rows, 1)]
+    trained = {name: arm for name, arm in table.items() if "steps" in arm}
+    return "\n\n".join([*parts, *(training(trained) if trained else [])]) + "\n"
+
+
+def acceptance(table: dict, ks: list[str]) -> list[str]:
+    """tau of each arm at each K, its gain over the reference, and its rates by position at the largest K."""
     rows = []
     for name, arm in table.items():
         cells = [
@@ -111,49 +117,46 @@ def markdown(table: dict) -> str:
             for row in arm["at"].values()
         ]
         rows.append([f"{name}: {arm['about']}", *cells])
-    lines += [grid(["arm", *(f"tau at K={k}" for k in ks)], rows), ""]
+    parts = [grid(["arm", *(f"tau at K={k}" for k in ks)], rows, 1)]
     if REFERENCE in table:
-        lines += [f"Gain over `{REFERENCE}` on the same answers (paired intervals):", ""]
         rows = [
             [name, *(percent(row) for row in arm["at"].values())]
             for name, arm in table.items()
             if name != REFERENCE
         ]
-        lines += [grid(["arm", *(f"K={k}" for k in ks)], rows), ""]
+        parts.append(f"Gain over `{REFERENCE}` on the same answers (paired intervals):")
+        parts.append(grid(["arm", *(f"K={k}" for k in ks)], rows, 1))
     largest = ks[-1]
-    lines += [f"Share of verify passes that accepted each draft, K={largest}:", ""]
     rows = [
         [name, *(f"{rate:.3f}" for rate in arm["at"][largest]["position_rates"])]
         for name, arm in table.items()
     ]
-    lines += [grid(["arm", *(f"draft {i}" for i in range(1, int(largest) + 1))], rows), ""]
-    for k in (k for k in ks if k in ("3", largest)):
-        lines += [f"tau by task, K={k}:", ""]
-        rows = [
-            [name, *(number(arm["at"][k]["tau"][source], ".3f") for source in sources)]
-            for name, arm in table.items()
+    parts.append(f"Share of verify passes that accepted each draft, K={largest}:")
+    parts.append(grid(["arm", *(f"draft {i}" for i in range(1, int(largest) + 1))], rows, 1))
+    return parts
+
+
+def training(trained: dict) -> list[str]:
+    """What training took, and how tau on held-out samples grew."""
+    total = sum(arm["tokens"] for arm in trained.values())
+    rows = [
+        [
+            name,
+            arm["steps"],
+            f"{arm['epochs']:.1f}",
+            f"{arm['tokens'] / 1e6:.1f}M",
+            f"{arm['seconds']:.0f}",
+            f"{arm['tokens'] / arm['seconds']:,.0f}",
         ]
-        lines += [grid(["arm", *sources], rows), ""]
-    trained = {name: arm for name, arm in table.items() if "steps" in arm}
-    if trained:
-        total = sum(arm["tokens"] for arm in trained.values())
-        lines += [f"Training, {total / 1e6:.1f}M tokens read in all (prompts included):", ""]
-        rows = [
-            [
-                name,
-                str(a["steps"]),
-                f"{a['epochs']:.1f}",
-                f"{a['tokens'] / 1e6:.1f}M",
-                f"{a['seconds']:.0f}",
-                f"{a['tokens'] / a['seconds']:,.0f}",
-            ]
-            for name, a in trained.items()
-        ]
-        lines += [grid(["arm", "steps", "epochs", "tokens read", "seconds", "tokens a second"], rows), ""]
-        lines += ["tau on held-out samples (the arm's own K) at each checkpoint:", ""]
-        lines += [
-            f"- {name}: " + ", ".join(f"{row['step']}: {row['eval_tau']:.3f}" for row in a["curve"])
-            for name, a in trained.items()
-        ]
-        lines.append("")
-    return "\n".join(lines)
+        for name, arm in trained.items()
+    ]
+    curves = [
+        f"- {name}: " + ", ".join(f"{row['step']}: {row['eval_tau']:.3f}" for row in arm["curve"])
+        for name, arm in trained.items()
+    ]
+    return [
+        f"Training, {total / 1e6:.1f}M tokens read in all (prompts included):",
+        grid(["arm", "steps", "epochs", "tokens read", "seconds", "tokens per second"], rows, 1),
+        "tau on held-out samples (the arm's own K) at each checkpoint:",
+        "\n".join(curves),
+    ]

@@ -23,11 +23,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from benchmarks import shapes
+from benchmarks.dynamic_vocabulary.cost_table import markdown, read_taus, speeds
+from benchmarks.dynamic_vocabulary.kernels import LANGS, kernels, toy_vocab
 from evaluation.backends import BackendError, Server, Turn
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
@@ -36,13 +37,8 @@ from fastmtp.engines.sglang_flags import DUMMY, MEASURED, merged, split_flags, s
 from fastmtp.files import atomic, claim, write_json, write_provenance
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
 from fastmtp.inputs import read_json
-from fastmtp.sglang_ext.active_head import ActiveHead
-from fastmtp.vocab.draft_vocab import AUTO, MIXED, UNION, DraftVocab
-from fastmtp.vocab.lang import LANGUAGES
-from fastmtp.vocab.script_table import ScriptTable
 from fastmtp.vocab.token_map import parse_size, size_name
 
-LANGS = ("en", "zh")
 FLAGS = [*DUMMY, *MEASURED, *streams(1)]
 
 
@@ -56,93 +52,6 @@ class Arm:
     @property
     def name(self) -> str:
         return "full" if self.kind == "full" else f"{self.kind} {size_name(self.rows)}"
-
-
-def toy_vocab(rows: int, vocab_size: int) -> DraftVocab:
-    """Two maps without a common id, each id a word of its language: drafts of a map keep an answer in its
-    language.
-
-    What a real text does, but with random weights; so that looks at the answer happen and change nothing.
-    """
-    maps = {lang: torch.arange(rows) + n * rows for n, lang in enumerate(LANGS)}
-    maps[MIXED] = torch.arange(rows) + rows // 2
-    kind, weight = np.zeros(vocab_size, np.uint8), np.zeros(vocab_size, np.float32)
-    for lang in LANGS:
-        kind[maps[lang].numpy()], weight[maps[lang].numpy()] = LANGUAGES.index(lang), 1.0
-    return DraftVocab(maps, AUTO, ScriptTable(kind, weight))
-
-
-def timed(work, repeats: int = 50) -> float:
-    """Seconds of `work` on the GPU, mean of `repeats` after three."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(3):
-        work()
-    begin.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000 / repeats
-
-
-@torch.inference_mode()
-def kernels(shape: dict, sizes: list[int]) -> list[dict]:
-    """Per size: microseconds of a switch and of the head in a graph, for one row; RuntimeError if a replay is
-    stale.
-    """
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    size = (shape["vocab_size"], shape["hidden_size"])
-    head = torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
-    hidden = torch.randn((1, size[1]), generator=generator, device="cuda", dtype=torch.bfloat16)
-
-    def graph_of(work):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = work()
-        return graph, result
-
-    full, _ = graph_of(lambda: (hidden @ head.T).float().argmax(-1))
-    found = [
-        {
-            "rows": size[0],
-            "switch_us": 0.0,
-            "head_us": 1e6 * timed(full.replay),
-            "static_us": 1e6 * timed(full.replay),
-        }
-    ]
-    for rows in sizes:
-        vocab = toy_vocab(rows, size[0])
-        active = ActiveHead(head, vocab.maps)
-        active.activate(LANGS[0])
-        graph, best = graph_of(lambda active=active: active.logits(hidden).float().argmax(-1))
-        for name in (*LANGS, MIXED, LANGS[0]):
-            active.activate(name)
-            graph.replay()
-            wanted = vocab.maps[name][(hidden @ head[vocab.maps[name].cuda()].T).argmax(-1).cpu()]
-            if best.cpu().tolist() != wanted.tolist():
-                raise RuntimeError(
-                    f"after a switch to '{name}' the graph drafted {best.tolist()}, not {wanted.tolist()}"
-                )
-        turns = [0]
-
-        def switch(active=active, turns=turns):
-            turns[0] += 1
-            active.activate(LANGS[turns[0] % 2])
-
-        small = head[:rows].clone()
-        static, _ = graph_of(lambda small=small: (hidden @ small.T).float().argmax(-1))
-        cost = {
-            "switch_us": timed(switch),
-            "head_us": timed(graph.replay),
-            "static_us": timed(static.replay),
-        }
-        found.append({"rows": rows} | {name: 1e6 * seconds for name, seconds in cost.items()})
-    return found
 
 
 def start(
@@ -214,101 +123,6 @@ def switches_in(log: Path) -> int | None:
         if " switches;" in line
     ]
     return int(lines[-1].partition(" switches;")[0].split()[-1]) if lines else None
-
-
-def speeds(rows: dict[str, dict], taus: dict[str, dict], size: int, union: int) -> list[dict]:
-    """tau of each choice and language from fastmtp.acceptance, over the measured cycle of its arm."""
-    size_text = size_name(size)
-    cycles = {
-        "full": "full",
-        AUTO: f"auto {size_text}",
-        UNION: f"stock {size_name(union)}",
-        MIXED: f"stock {size_text}",
-    }
-    found = []
-    for lang in LANGS:
-        other = LANGS[1 - LANGS.index(lang)]
-        choices = {
-            "fixed, right": lang,
-            "fixed, wrong": other,
-            "following": AUTO,
-            "mix of this size": MIXED,
-            "union": UNION,
-            "whole head": "full",
-        }
-        for choice, name in choices.items():
-            ms = rows[cycles.get(name, f"stock {size_text}")]["ms_per_cycle"]
-            tau = taus[lang][name]
-            found.append(
-                {
-                    "size": size,
-                    "lang": lang,
-                    "choice": choice,
-                    "tau": tau,
-                    "ms": ms,
-                    "tokens_per_s": 1000 * tau / ms,
-                }
-            )
-    return found
-
-
-def read_taus(path: str) -> dict[str, dict[str, float]]:
-    """{language: {map name: tau}} of a fastmtp.acceptance --out file, sources pooled."""
-    counts: dict[str, dict[str, list[int]]] = {}
-    for row in read_json(path)["rows"]:
-        pair = counts.setdefault(row["lang"], {}).setdefault(row["map"], [0, 0])
-        pair[0] += row["output_tokens"]
-        pair[1] += row["verify_passes"]
-    for lang in LANGS:
-        missing = {*LANGS, MIXED, UNION, AUTO, "full"} - counts.get(lang, {}).keys()
-        if missing:
-            raise InputError(
-                f"{path}: no rows for '{lang}' with {', '.join(sorted(missing))}; run acceptance with "
-                f"--token-maps"
-            )
-    return {lang: {name: t / p for name, (t, p) in maps.items()} for lang, maps in counts.items()}
-
-
-def markdown(report: dict) -> str:
-    lines = [
-        "# A draft vocabulary that follows the language, at 7B shape",
-        "",
-        f"{report['gpu']}, dummy weights, bfloat16, one stream.",
-        "",
-    ]
-    lines += [
-        "| rows of the head | switch, us | following head, us | static head, us |",
-        "|---:|---:|---:|---:|",
-    ]
-    columns = ("switch_us", "head_us", "static_us")
-    lines += [
-        f"| {r['rows']} | " + " | ".join(f"{r[c]:.1f}" for c in columns) + " |" for r in report["kernels"]
-    ]
-    if report["arms"]:
-        lines += [
-            "",
-            "| server | ms a cycle | tokens/s at tau {:.2f} | spread | switches |".format(
-                report["arms"][0]["tau"]
-            ),
-        ]
-        lines += ["|---|---:|---:|---:|---:|"]
-        lines += [
-            f"| {r['name']} | {r['ms_per_cycle']:.3f} | {r['tokens_per_s']:.1f} | {r['spread']:.1f} | "
-            f"{r.get('switches', '')} |"
-            for r in report["arms"]
-        ]
-    if report["speeds"]:
-        lines += [
-            "",
-            "| map size | language | draft vocabulary | tau | ms a cycle | tokens/s |",
-            "|---|---|---|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {size_name(r['size'])} | {r['lang']} | {r['choice']} | {r['tau']:.3f} | {r['ms']:.3f} | "
-            f"{r['tokens_per_s']:.1f} |"
-            for r in report["speeds"]
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def parser() -> Parser:

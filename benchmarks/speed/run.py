@@ -29,8 +29,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import shapes
+from benchmarks.gpu import copy_bandwidth
 from benchmarks.speed import trace
 from benchmarks.speed.points import Point, command, parse_variants, points, vocabulary
+from benchmarks.speed.table import markdown, with_speedups
 from evaluation.backends import BackendError, Server, Turn
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
@@ -117,24 +119,6 @@ def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, ban
         "bound_ms": 1000 * read / bandwidth,
         "bound_share": read / bandwidth / (seconds / cycles),
     }
-
-
-def copy_bandwidth(size: int = 4 << 30, repeats: int = 20) -> float:
-    """Bytes/s of copying on the GPU, read and write counted: what a memory-bound kernel can hope for."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(3):
-        target.copy_(source)
-    begin.record()
-    for _ in range(repeats):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    seconds = begin.elapsed_time(end) / 1000
-    del source, target
-    torch.cuda.empty_cache()
-    return 2 * size * repeats / seconds
 
 
 def parser() -> Parser:
@@ -322,52 +306,6 @@ def measure_point(url: str, point: Point, args, bandwidth: float, out: Path) -> 
         text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms a cycle\n"
         (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
     return row
-
-
-def with_speedups(rows: list[dict]) -> list[dict]:
-    """Each row against the plain decoding of its variant, or of that one's base; None if that could not be
-    measured.
-    """
-    plain = {
-        row["variant"]: row["tokens_per_s"] for row in rows if row["num_steps"] == 0 and not row["repeat"]
-    }
-    dropped = ("fingerprint", "point", "command", "profile")
-    found = []
-    for row in rows:
-        speedup = row["tokens_per_s"] / plain[row["base"]] if row["base"] in plain else None
-        found.append({k: v for k, v in row.items() if k not in dropped} | {"speedup": speedup})
-    return found
-
-
-def markdown(report: dict) -> str:
-    lines = [
-        f"# Speed at the shape of {report['shape']}, dummy weights",
-        "",
-        f"{report['gpu']}, SGLang {report['sglang']}, one stream, accept lengths simulated from "
-        f"{report['rates']}. Prefill is left "
-        f"out. The bound is a cycle's bytes over a measured copy bandwidth of "
-        f"{report['points'][0]['copy_bandwidth'] / 1e12:.2f} TB/s.",
-        "",
-        "| point | accept length | tok/s | speed-up | ms a cycle | GB a cycle | share of the bound |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in report["points"]:
-        speed = f"{row['tokens_per_s']:.1f}" + (
-            f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
-        )
-        gain = f"{row['speedup']:.2f}x" if row["speedup"] else "-"
-        lines.append(
-            f"| {row['name']} | {row['tau']:.2f} | {speed} | {gain} | {row['ms_per_cycle']:.3f} | "
-            f"{row['bytes_per_cycle'] / 1e9:.2f} | {row['bound_share']:.0%} |"
-        )
-    if report["assumed"]:
-        names = ", ".join(report["assumed"])
-        lines += [
-            "",
-            f"Nobody measured the acceptance of {names} here: one accept length is assumed, only the cost "
-            f"differs.",
-        ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from helpers.stand_in import TRACE, StandIn, free_port
 
 from benchmarks import shapes
 from benchmarks.speed import run as speed_model
-from benchmarks.speed import trace
+from benchmarks.speed import table, trace
 from benchmarks.speed.points import Point, Variant, command, parse_variants, points, vocabulary
 from evaluation.backends import BackendError, Turn
 from fastmtp.cli import InputError
@@ -133,15 +133,15 @@ def test_the_arithmetic_of_a_point():
     assert (
         plain["ms_per_cycle"] == pytest.approx(3000 / 512) and plain["tau"] == 1.0 and plain["spread"] is None
     )
-    both = speed_model.with_speedups(
+    both = table.with_speedups(
         [plain | {"fingerprint": {}, "copy_bandwidth": 4e12}, row | {"copy_bandwidth": 4e12}]
     )
     assert both[1]["speedup"] == pytest.approx(2.0) and "fingerprint" not in both[0]
     other = row | {"variant": "fa3", "base": "fa3", "copy_bandwidth": 4e12}
-    lone = speed_model.with_speedups([plain | {"copy_bandwidth": 4e12}, other])[1]
+    lone = table.with_speedups([plain | {"copy_bandwidth": 4e12}, other])[1]
     assert lone["speedup"] is None, "another variant's plain decoding is no measure"
     slow = plain | {"repeat": True, "tokens_per_s": 1.0, "copy_bandwidth": 4e12}
-    assert speed_model.with_speedups([both[0], slow])[0]["speedup"] == 1.0
+    assert table.with_speedups([both[0], slow])[0]["speedup"] == 1.0
     report = {
         "gpu": "G",
         "sglang": "0",
@@ -150,8 +150,8 @@ def test_the_arithmetic_of_a_point():
         "assumed": ["8k"],
         "points": both,
     }
-    assert "acceptance of 8k here" in speed_model.markdown(report)
-    assert "| k3-32k | 2.67 | 341.3 ± 0.0 | 2.00x | 7.812 |" in speed_model.markdown(report)
+    assert "acceptance of 8k was" in table.markdown(report)
+    assert "| k3-32k | 2.67 | 341.3 ± 0.0 | 2.00x | 7.812 |" in table.markdown(report)
 
 
 def test_measuring_and_profiling_over_http(tmp_path):

@@ -55,7 +55,7 @@ def test_the_file_is_one_that_vocab_cost_reads(base_folder, tmp_path, capsys):
     ]
     vocab_bound.main([*argv, "--data", str(tmp_path / "d.jsonl")])
     assert "| zh | union | 4 |" in capsys.readouterr().out
-    from benchmarks.dynamic_vocabulary.cost import read_taus
+    from benchmarks.dynamic_vocabulary.cost_table import read_taus
 
     assert read_taus(str(tmp_path / "b.json"))["zh"]["union"] == 4.0
     (tmp_path / "short.jsonl").write_text(json.dumps(rows[0] | {"output_ids": [9]}) + "\n")

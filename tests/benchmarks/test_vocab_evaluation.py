@@ -13,6 +13,7 @@ from helpers.stand_in import free_port
 from benchmarks import shapes
 from benchmarks.dynamic_vocabulary import check as vocab_check
 from benchmarks.dynamic_vocabulary import cost as vocab_cost
+from benchmarks.dynamic_vocabulary import cost_table
 from benchmarks.dynamic_vocabulary.cost import Arm
 from evaluation.backends import Turn
 from fastmtp import files
@@ -133,10 +134,10 @@ def test_figures_by_hand(tmp_path):
     rows = [{"lang": lang, "source": s, "map": n, "output_tokens": int(100 * tau), "verify_passes": 100}
             for lang in ("en", "zh") for s in "ab" for n, tau in names.items()]  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps({"rows": rows}))
-    taus = vocab_cost.read_taus(str(tmp_path / "t.json"))
+    taus = cost_table.read_taus(str(tmp_path / "t.json"))
     assert taus["zh"] == pytest.approx(names)
     cycles = {"full": 10.0, "stock 16k": 8.0, "auto 16k": 8.1, "stock 30k": 9.0}
-    found = vocab_cost.speeds({n: {"ms_per_cycle": ms} for n, ms in cycles.items()}, taus, 16384, 30720)
+    found = cost_table.speeds({n: {"ms_per_cycle": ms} for n, ms in cycles.items()}, taus, 16384, 30720)
     speed = {(r["lang"], r["choice"]): r["tokens_per_s"] for r in found}
     assert speed["en", "fixed, right"] == pytest.approx(250) and speed["zh", "fixed, right"] == pytest.approx(
         125
@@ -146,10 +147,10 @@ def test_figures_by_hand(tmp_path):
     )
     assert speed["en", "union"] == pytest.approx(2200 / 9) and speed["en", "whole head"] == pytest.approx(250)
     report = {"gpu": "g", "kernels": [], "arms": [row], "speeds": found}
-    assert "| 16k | zh | fixed, right | 1.000 | 8.000 | 125.0 |" in vocab_cost.markdown(report)
+    assert "| 16k | zh | fixed, right | 1.000 | 8.000 | 125.0 |" in cost_table.markdown(report)
     (tmp_path / "t.json").write_text(json.dumps({"rows": rows[:6]}))
     with pytest.raises(InputError, match="no rows for 'zh'"):
-        vocab_cost.read_taus(str(tmp_path / "t.json"))
+        cost_table.read_taus(str(tmp_path / "t.json"))
 
 
 def test_switches_are_read_from_the_log(tmp_path):
