@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fastmtp import fingerprint
+from fastmtp import fingerprint, leftovers
 from fastmtp.checkout import command_line, git_state
 from fastmtp.cli import InputError
 
@@ -144,11 +144,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path` (file or folder, the caller makes it); rename it there on success.
 
     What is there already is replaced only if it is ours (`check_output`). Raises InputError otherwise, and if
-    the disk is full, after which nothing is left behind.
+    the disk is full, after which nothing is left behind. What a killed run left behind is removed first.
     """
     path = Path(path)
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    leftovers.clear(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with disk_errors(path):

@@ -32,6 +32,7 @@ from fastmtp.chat import encode_chat
 from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
+from fastmtp.leftovers import is_running
 from fastmtp.model import Model
 
 NAME = "fastmtp_mimo"
@@ -190,16 +191,6 @@ def check_trainable(model: torch.nn.Module) -> None:
             f"the trainable set must be exactly {PREFIX}*, but {wrong[0]} and {len(wrong) - 1} others "
             "differ; set freeze_parameters: [model, lm_head] and trainable_parameters: [model.mtp_layers]"
         )
-
-
-def is_running(process: int) -> bool:
-    """Whether a process runs. One that was killed may keep its number until its parent has looked at it."""
-    try:
-        os.kill(process, 0)
-    except OSError:
-        return False
-    stat = Path(f"/proc/{process}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 def end_with(parent: int) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fastmtp import files
 from fastmtp.checkpoint import HEAD_TENSORS, read_head
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
@@ -309,5 +311,24 @@ def test_a_kill_leaves_no_folder_that_looks_whole(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    (left,) = tmp_path.glob(".out.*.tmp")
+    alive = tmp_path / f".out.{os.getpid()}.old"  # its process still writes
+    mine = tmp_path / ".out.0123.tmp", tmp_path / ".out.tmp", tmp_path / f".outer{left.name[4:]}"
+    for path in (alive, *mine):
+        path.write_text("x")
     prepare(str(source), tmp_path / "out")
+    assert load(tmp_path / "out").eos_ids == {2}
+    assert not left.exists() and all(path.exists() for path in (alive, *mine))
+
+
+def test_a_folder_that_a_killed_run_was_replacing_comes_back(tmp_path):
+    source = save_source(tmp_path / "source", SOURCES["llama"]())
+    prepare(str(source), tmp_path / "out")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / "out").rename(tmp_path / f".out.{dead.pid}.old")
+    (tmp_path / f".out.{dead.pid}.tmp").mkdir()
+    with pytest.raises(ZeroDivisionError), files.atomic(tmp_path / "out"):
+        _ = 1 / 0
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
     assert load(tmp_path / "out").eos_ids == {2}
