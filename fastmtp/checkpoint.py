@@ -56,6 +56,7 @@ QUANTISED = (
     "absmax",
     "input_scale",
 )
+QUANTISED_BY = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # engines heed them too
 FICLONE = 0x40049409  # <linux/fs.h>
 ENGINE_TYPES = ("qwen2", "llama")  # qwen2: transformers rebuilds the tokenizer
 SKIP = {"config.json", INDEX, "run.json", CACHE}  # not copied: written anew for each folder
@@ -180,6 +181,11 @@ def check_config(config: dict, where: str | Path) -> None:
     if quantised:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
         raise InputError(f"{where}: quantised weights ({method}); give the unquantised model")
+    layers = config.get("num_nextn_predict_layers") or 1
+    if config.get("architectures") == [ARCHITECTURE] and layers != 1:
+        raise InputError(
+            f"{where}: num_nextn_predict_layers is {layers}; FastMTP trains and serves one layer"
+        )
     if config.get("attention_bias") and config.get("architectures") != [ARCHITECTURE]:
         raise InputError(
             f"{where}: attention_bias=true means output-projection biases, which the layout cannot express"
@@ -201,6 +207,9 @@ def check_weights(folder: str | Path) -> dict[str, Entry]:
     folder = existing(folder, "model folder")
     config = read_json(folder / "config.json")
     check_config(config, folder)
+    said = next((name for name in QUANTISED_BY if (folder / name).exists()), None)
+    if said:
+        raise InputError(f"{folder}: {said} says that the weights are quantised; give the unquantised model")
     entries, shapes = headers(folder), expected_shapes(config, folder)
     odd = [n for n, e in entries.items() if e.dtype not in DTYPES or n.endswith(QUANTISED)]
     if odd:
@@ -223,6 +232,21 @@ def check_weights(folder: str | Path) -> dict[str, Entry]:
                 "one of them is another model's"
             )
     return entries
+
+
+def check_tied(entries: dict[str, Entry], config: dict, where: str | Path) -> None:
+    """InputError if config.json ties the output matrix to the embedding, and the folder holds another one:
+    engines would use the embedding, transformers the matrix.
+    """
+    pair = {n: entries[n] for n in ("lm_head.weight", "model.embed_tokens.weight") if n in entries}
+    if not config.get("tie_word_embeddings") or len(pair) < 2:
+        return
+    rows, embedding = (tensor for _, tensor in read_tensors(pair))
+    if not torch.equal(rows, embedding):
+        raise InputError(
+            f"{where}: config.json ties lm_head.weight to the embedding, but the two differ; set "
+            "tie_word_embeddings to false, or remove lm_head.weight"
+        )
 
 
 def some(names: list[str]) -> str:

@@ -31,6 +31,7 @@ from fastmtp.checkpoint import (
     Entry,
     check_finite,
     check_head,
+    check_tied,
     check_weights,
     copy,
     finish_folder,
@@ -70,6 +71,7 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
     contract |= {CONTRACT_KEY: CONTRACT | contract}  # the first for transformers, the second for engines
     tokenizer = load_tokenizer(base)
     check_fits(base, tokenizer, config["vocab_size"])
+    check_tied(entries, config, base)
     check_finite(read_tensors(entries), base)
     with files.atomic(out) as folder:
         target = folder / MODEL if vllm_stock else folder

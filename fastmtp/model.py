@@ -18,6 +18,7 @@ from fastmtp.checkpoint import (
     PREFIX,
     check_finite,
     check_head,
+    check_tied,
     check_weights,
     expected_shapes,
     head_state,
@@ -81,6 +82,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Mod
     config = check(folder, device)
     tokenizer = load_tokenizer(folder)
     check_fits(folder, tokenizer, config.vocab_size)
+    check_tied(headers(folder), config.to_dict(), folder)
     # Our one line on an error must not drown in the library's report.
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -33,15 +33,18 @@ from fastmtp.checkpoint import (
     check_config,
     check_finite,
     check_head,
+    check_tied,
     check_weights,
     copy,
     finish_folder,
+    headers,
     read_head,
     read_tensors,
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 from fastmtp.inputs import existing, read_json
+from fastmtp.model import check
 from fastmtp.tokenizer import (
     check_fits,
     copy_templates,
@@ -153,12 +156,12 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
     where = {"pretrained_model_name_or_path": source.parent if gguf else source}
     where |= {"gguf_file": source.name} if gguf else {}
     if not gguf:
-        check_weights(source)
+        check_tied(check_weights(source), read_json(source / "config.json"), source)
     config = _load(source, AutoConfig.from_pretrained, **where, trust_remote_code=False)
     mimo = mimo_config(config).to_dict() | {"architectures": [ARCHITECTURE]}
     if trained:
         check_head(trained, mimo, head)
-    tokenizer = _tokenizer(source, config.vocab_size)
+    tokenizer, notes = _tokenizer(source, config.vocab_size)
     # the model, and proof that it still says the same
     dtype_wanted = dtype if dtype != "auto" else ("float32" if gguf else "auto")
     model, info = _load(
@@ -186,19 +189,20 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
         written = read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT}
         finish_folder(folder, written | {"model_type": config.model_type}, tokenizer)
         files.write_provenance(folder, {"model": source.name, "dtype": dtype, "head": head}, [source])
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
 
 def _load(source: Path, loader, **arguments):
     try:
         return loader(**arguments)
     except Exception as error:  # of many kinds: a torn GGUF file alone has five
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{source}: transformers cannot load it ({reason})") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{source}: transformers cannot load it ({reason}); copy the model again") from None
 
 
-def _tokenizer(source: Path, vocab_size: int):
-    """The source's tokenizer; notes on stderr if its files disagree or if it cannot chat. Raises InputError
-    if the model has no row for one of its ids.
+def _tokenizer(source: Path, vocab_size: int) -> tuple[object, list[str]]:
+    """The source's tokenizer, and notes to print if its files disagree or if it cannot chat. Raises
+    InputError if the model has no row for one of its ids.
     """
     tokenizer, warning = own_tokenizer(source)
     check_fits(source, tokenizer, vocab_size)
@@ -209,16 +213,15 @@ def _tokenizer(source: Path, vocab_size: int):
         notes.append(f"warning: {source}: its chat template fails on a plain question ({reason})")
     elif not takes_system_turn(tokenizer):
         notes.append(f"note: {source}: its chat template takes no system turn")
-    for note in notes:
-        print(note, file=sys.stderr)
-    return tokenizer
+    return tokenizer, notes
 
 
 def adopt(source: Path, out: Path) -> None:
     """A released MiMo folder -> `out`: weights copied and checked, configuration made engine-ready."""
-    entries = check_weights(source)
-    config = read_json(source / "config.json")
-    tokenizer = _tokenizer(source, config["vocab_size"])
+    check(source)
+    entries, config = headers(source), read_json(source / "config.json")
+    check_tied(entries, config, source)
+    tokenizer, notes = _tokenizer(source, config["vocab_size"])
     check_finite(read_tensors(entries), source)
     used = {entry.path.name for entry in entries.values()}
     with files.atomic(out) as folder:
@@ -230,6 +233,7 @@ def adopt(source: Path, out: Path) -> None:
         copy_templates(source, folder)
         finish_folder(folder, config, tokenizer)
         files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
 
 def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = None) -> None:

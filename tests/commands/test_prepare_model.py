@@ -332,3 +332,59 @@ def test_a_folder_that_a_killed_run_was_replacing_comes_back(tmp_path):
         _ = 1 / 0
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
     assert load(tmp_path / "out").eos_ids == {2}
+
+
+def doubled(folder: Path, config: dict) -> None:
+    config["num_nextn_predict_layers"] = 2
+
+
+def quantised_elsewhere(folder: Path, config: dict) -> None:
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+
+def tied_to_another(folder: Path, config: dict) -> None:
+    config["tie_word_embeddings"] = True
+
+
+def wrong_number(folder: Path, config: dict) -> None:
+    config["rms_norm_eps"] = "1e-6"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (doubled, "num_nextn_predict_layers is 2"),
+        (quantised_elsewhere, "hf_quant_config.json"),
+        (tied_to_another, "ties lm_head.weight"),
+        (wrong_number, "config.json|rms_norm_eps"),
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_files_that_contradict_each_other_are_refused(change, words, plain, tmp_path, capsys):
+    if plain and change is doubled:
+        pytest.skip("a plain model has no such key")
+    source = tmp_path / "source"
+    save_source(source, SOURCES["llama"]()) if plain else save_folder(source)
+    config = json.loads((source / "config.json").read_text())
+    change(source, config)
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words) as error:
+        prepare(str(source), tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert "warning" not in capsys.readouterr().err  # one line is all
+
+
+def test_a_tied_model_with_an_equal_matrix_is_taken(tmp_path):
+    source = save_folder(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    prepare(str(source), tmp_path / "out")
+    net = load(tmp_path / "out").net
+    assert torch.equal(net.lm_head.weight, net.model.embed_tokens.weight)
+    tensors["lm_head.weight"][3, 4] += 1
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="ties lm_head.weight"):
+        load(tmp_path / "out")
