@@ -68,7 +68,8 @@ def check_output(path: str | Path) -> None:
         raise InputError(f"{path}: {what} and would be replaced; give another path or remove it")
     if path.is_dir():
         files = (read_record(path / "run.json") or {}).get("files")
-        added = [p.name for p in path.iterdir() if files and p.name not in (*files, fingerprint.CACHE)]
+        known = (*(files or ()), fingerprint.CACHE, fingerprint.CACHE + ".tmp")
+        added = [p.name for p in path.iterdir() if files and p.name not in known]
         if added:
             raise InputError(
                 f"{path}: {min(added)} in it was not written by this project; move it elsewhere first"
@@ -222,7 +223,8 @@ def growing(
         before = record.get("fingerprint") or {}
         changed = fingerprint.differences(before, facts)
         if not changed:
-            shutil.copyfile(path, partial)
+            with atomic(partial) as temporary:
+                shutil.copyfile(path, temporary)
         elif before:
             print(f"{path}: made anew, other than before: {'; '.join(changed)}", file=sys.stderr)
     done = _whole_rows(partial, key) if partial.exists() else {}
@@ -235,9 +237,14 @@ def growing(
             out.flush()
 
         yield done, write
-    # The record speaks of the old rows: a kill between these two lines must not leave it beside the new ones.
-    _rewrite(record_of(path), {"command": command_line(), "others": []})
-    os.replace(partial, path)
+    # Until the record speaks of the new rows, the partial file is what a later run goes by.
+    with atomic(path) as temporary:
+        try:
+            os.link(partial, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(partial, temporary)
+    _rewrite(record_of(path), {"command": command_line(), "others": [], "fingerprint": facts})
+    partial.unlink()
 
 
 def _whole_rows(partial: Path, key: str) -> dict[str, dict]:
@@ -303,6 +310,7 @@ def write_provenance(
 
 
 def _rewrite(record: Path, content: dict) -> None:
+    leftovers.clear(record)
     temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
     with disk_errors(record):
         try:

@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,12 +165,10 @@ def _remember(folder: Path, entries: dict[str, dict]) -> None:
     known = _read(folder)
     if not large or all(known.get(name) == entry for name, entry in large.items()):
         return
-    with contextlib.suppress(OSError):
-        handle, temporary = tempfile.mkstemp(prefix=CACHE, dir=folder)
+    with contextlib.suppress(OSError):  # such as another process that does the same
+        temporary = folder / (CACHE + ".tmp")
         try:
-            with open(handle, "w", encoding="utf-8") as out:
-                json.dump(known | large, out)
+            temporary.write_text(json.dumps(known | large), encoding="utf-8")
             os.replace(temporary, folder / CACHE)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -32,7 +32,8 @@ def clear(path: Path) -> None:
     name = re.compile(rf"\.{re.escape(path.name)}\.([1-9]\d{{0,8}})\.(tmp|old)")
     for left in sorted(path.parent.iterdir()):
         match = name.fullmatch(left.name)
-        if not match or is_running(int(match[1])):
+        # in a container each start may have the same number: what bears ours is of an earlier one
+        if not match or (int(match[1]) != os.getpid() and is_running(int(match[1]))):
             continue
         if match[2] == "old" and not path.exists():
             os.rename(left, path)

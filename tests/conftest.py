@@ -8,6 +8,11 @@ from helpers.tiny import Useful, chatml_tokenizer, save_folder, useful_model
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread makes them thirty times slower
 
 
+def pytest_addoption(parser):
+    text = "how often each command is killed, and how often its disk is full (default 2)"
+    parser.addoption("--kills", type=int, default=2, metavar="N", help=text)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return chatml_tokenizer()

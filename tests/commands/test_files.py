@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from fastmtp import leftovers
 from fastmtp.cli import InputError
 from fastmtp.files import (
     atomic,
     claim,
     growing,
     provenance,
+    release,
     sha256,
     write_json,
     write_jsonl,
@@ -392,3 +394,55 @@ def test_a_shipped_file_is_found_from_any_folder_and_ones_own_comes_first(tmp_pa
 def test_other_paths_are_left_as_they_are(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     assert str(resource(path)) == str(Path(path))
+
+
+def left_behind(path: Path, kind: str) -> Path:
+    """What a killed process leaves: a folder with one file, under the hidden name that it used."""
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        folder = path.with_name(f".{path.name}.{process.pid}.{kind}")
+    folder.mkdir(parents=True)
+    (folder / kind).write_text("x")
+    return folder
+
+
+def test_what_a_killed_process_left_is_removed_and_what_it_moved_aside_comes_back(tmp_path):
+    out = tmp_path / "out"
+    torn, old = left_behind(out, "tmp"), left_behind(out, "old")
+    mine = [out.with_name(name) for name in (".out.tmp", ".out.x1.tmp", ".out2.99999.tmp", ".out.old")]
+    mine.append(out.with_name(f".out.{os.getppid()}.tmp"))  # of a process that runs
+    for path in mine:
+        path.write_text("not to be touched")
+    leftovers.clear(out)
+    assert not torn.exists() and not old.exists() and (out / "old").exists()
+    old = left_behind(out, "old")
+    leftovers.clear(out)  # the new folder is there: the old one was about to be removed
+    assert not old.exists() and (out / "old").exists()
+    assert all(path.exists() for path in mine)
+
+
+def test_a_process_number_that_comes_again_finds_no_rests(tmp_path):
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
+    with atomic(tmp_path / "out") as folder:
+        folder.mkdir()
+        (folder / "new").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("last", ["os.replace", "fastmtp.files._rewrite", "pathlib.Path.unlink"])
+def test_growing_killed_at_its_end_keeps_every_row(tmp_path, last):
+    path = tmp_path / "rows.jsonl"
+    with growing(path, {"a": 0}) as (_, write):
+        write({"id": "0"})
+    code = f"""
+import os, signal, pathlib, sys, fastmtp.files
+with fastmtp.files.growing(sys.argv[1], {{"a": 1}}) as (done, write):
+    write({{"id": "1"}})
+    {last} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    release(path)
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    with growing(path, {"a": 1}) as (done, _):
+        assert done == {"1": {"id": "1"}}
+    assert path.read_text() == '{"id": "1"}\n'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.run.json"]

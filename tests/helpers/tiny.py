@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastmtp.checkpoint import finish_folder
 from fastmtp.head.losses import IGNORE
@@ -93,6 +93,18 @@ def save_folder(
     net.save_pretrained(folder, max_shard_size=shards)
     tokenizer.save_pretrained(folder)
     finish_folder(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return folder
+
+
+def save_llama(folder: Path) -> Path:
+    """A tiny Llama checkpoint as others publish it."""
+    shape = dict(
+        vocab_size=len(chatml_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2
+    )
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+    chatml_tokenizer().save_pretrained(folder)
     return folder
 
 
