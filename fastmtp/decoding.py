@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastmtp import files, markdown
 from fastmtp.chat import prompt_ids as chat_prompt_ids
-from fastmtp.checkpoint import head_folder, weight_files
+from fastmtp.checkpoint import head_folder
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.fingerprint import fingerprint, machine
@@ -28,6 +28,7 @@ from fastmtp.speculative import generate
 from fastmtp.tau import accept_length, position_rates
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, load_map, parse_maps, read
+from fastmtp.weights import weight_files
 
 
 def summarise(rows: list[dict]) -> dict:

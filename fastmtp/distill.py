@@ -83,6 +83,17 @@ def parser() -> Parser:
     p.add_argument(
         "--batch-size", type=int, default=32, help="without servers: prompts generated together (default 32)"
     )
+    add_sampling(p)
+    p.add_argument(
+        "--seed", type=int, default=0, help="another one asks anew; servers draw by their own (default 0)"
+    )
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="without --server")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="without servers")
+    return p
+
+
+def add_sampling(p: Parser) -> None:
+    """How answers are drawn: four numbers for all sources, or a file with other ones per source."""
     default = Sampling()
     for flag, kind, text in (
         ("max_new_tokens", int, "longest answer"),
@@ -98,12 +109,6 @@ def parser() -> Parser:
         metavar="YAML",
         help="source -> these four, for sources that want their own",
     )
-    p.add_argument(
-        "--seed", type=int, default=0, help="another one asks anew; servers draw by their own (default 0)"
-    )
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="without --server")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="without servers")
-    return p
 
 
 class Questions:

@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
-from fastmtp.checkpoint import headers
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.health.folder import ERROR, Folder, Line
 from fastmtp.health.serving import engines, expected, server
 from fastmtp.health.tensors import architecture, biases, head, output_matrix, quantisation, tensors
 from fastmtp.health.tokens import tokenizer
 from fastmtp.inputs import existing, read_json
+from fastmtp.weights import headers
 
 
 def lines(name: str, check: Callable[..., Iterator[Line]], *arguments) -> list[Line]:

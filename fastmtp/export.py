@@ -24,12 +24,9 @@ from fastmtp.checkpoint import (
     CONTRACT,
     CONTRACT_KEY,
     HEAD_FILE,
-    INDEX,
     LEFT_OUT,
     PREFIX,
     SKIP,
-    Entry,
-    check_finite,
     check_head,
     check_tied,
     check_weights,
@@ -38,13 +35,12 @@ from fastmtp.checkpoint import (
     head_folder,
     head_state,
     read_head,
-    read_tensors,
-    weight_files,
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.vllm_stock import MODEL, add_backbone
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import check_fits, copy_templates, load_tokenizer
+from fastmtp.weights import INDEX, Entry, check_finite, read_tensors, weight_files
 
 
 def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool = False) -> None:

@@ -25,13 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files
-from fastmtp.checkpoint import PREFIX, check_finite, save_head
+from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import read_samples
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
 from fastmtp.model import check, load
 from fastmtp.prepare_model import take_over
 from fastmtp.tokenizer import load_tokenizer
+from fastmtp.weights import check_finite
 
 SINKS = 4  # the first positions' states are huge (attention sinks, arXiv 2309.17453) and like no others
 RIDGE = 1e-4  # of the mean square of a feature: directions that the text hardly shows stay small

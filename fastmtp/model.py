@@ -16,19 +16,18 @@ from transformers.utils import logging
 from fastmtp.checkpoint import (
     HEAD_TENSORS,
     PREFIX,
-    check_finite,
     check_head,
     check_tied,
     check_weights,
     expected_shapes,
     head_state,
-    headers,
     read_head,
 )
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import check_fits, end_ids, load_tokenizer
+from fastmtp.weights import check_finite, headers
 
 CURE = "make the folder with fastmtp.prepare_model or fastmtp.export"
 

@@ -1,6 +1,6 @@
-"""Pictures: matplotlib without a screen, colours that colour-blind readers can tell apart, files written whole.
+"""Charts: matplotlib without a screen, colours that colour-blind readers can tell apart.
 
-Needs matplotlib; import this module only where a picture is drawn.
+It needs matplotlib: import this module only in code that draws.
 """
 
 from __future__ import annotations

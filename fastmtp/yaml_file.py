@@ -1,5 +1,6 @@
-"""YAML read strictly: an unknown, misspelt or repeated key is an error that names it, never a setting left at its
-default without a word.
+"""YAML read strictly: an unknown, misspelt or repeated key is an error that names it.
+
+It is never a setting left silently at its default.
 """
 
 from __future__ import annotations

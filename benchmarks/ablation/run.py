@@ -20,7 +20,7 @@ import torch
 from benchmarks.ablation.table import report, tables
 from fastmtp import files
 from fastmtp.acceptance import measure_at
-from fastmtp.checkpoint import head_folder, head_state, read_head, save_head, weight_files
+from fastmtp.checkpoint import head_folder, head_state, read_head, save_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, with_base
 from fastmtp.data.samples import check_measurable, read_samples
@@ -29,6 +29,7 @@ from fastmtp.fingerprint import differences, fingerprint, machine
 from fastmtp.inputs import existing, read_json, read_jsonl, resource
 from fastmtp.model import head_for, load, put_head
 from fastmtp.train import check, swift_keys, train
+from fastmtp.weights import weight_files
 from fastmtp.yaml_file import read_mapping
 
 STEPS = (1, 3, 5, 7)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastmtp import files
-from fastmtp.checkpoint import CODE, CONTRACT_KEY, INDEX, PREFIX
+from fastmtp.checkpoint import CODE, CONTRACT_KEY, PREFIX
 from fastmtp.inputs import read_json
+from fastmtp.weights import INDEX
 
 MODEL, BACKBONE = "model", "backbone"
 LEFT_OUT = {"config.json", "run.json", INDEX, *(path.name for path in CODE)}

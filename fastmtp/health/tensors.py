@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastmtp.checkpoint import DTYPES, ENGINE_TYPES, PREFIX, check_weights, read_tensors, some
+from fastmtp.checkpoint import ENGINE_TYPES, PREFIX, check_weights, some
 from fastmtp.health.folder import ERROR, OK, WARNING, Folder, Line
+from fastmtp.weights import DTYPES, read_tensors
 
 MATRICES = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fastmtp import checkpoint
-from fastmtp.checkpoint import INDEX, check_weights, copy, headers, read_head
+from fastmtp.checkpoint import check_weights, copy, read_head
 from fastmtp.cli import InputError
 from fastmtp.export import export
 from fastmtp.prepare_model import prepare
+from fastmtp.weights import INDEX, headers
 
 SHAPE = dict(
     vocab_size=320,

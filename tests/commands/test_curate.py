@@ -1,4 +1,4 @@
-"""The command from distilled lines to ms-swift's files: rows, split, mix, report, determinism and bad input."""
+"""The command from distilled lines to ms-swift's files: rows, split, mix, report, bad input."""
 
 import errno
 import gzip
@@ -12,7 +12,7 @@ import pytest
 
 from fastmtp import curate
 from fastmtp.cli import InputError
-from fastmtp.curate import CurateConfig
+from fastmtp.data.clean_set import CurateConfig
 from fastmtp.data.mixture import DataConfig, choose
 from fastmtp.data.scan import training_row
 from fastmtp.yaml_file import load_yaml

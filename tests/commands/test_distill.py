@@ -282,8 +282,10 @@ def test_a_data_set_list_gives_sources_and_their_sampling(place):
         """
 sampling: {max_new_tokens: 50}
 sources:
-  - {name: some, category: c, licence: none, path: rows.jsonl, prompt: q, extra: more, only: {kind: [b]}, samples: 4}
-  - {name: all, category: c, licence: none, lang: zh, path: rows.jsonl, prompt: q, sampling: {temperature: 0, max_new_tokens: 40}}
+  - {name: some, category: c, licence: none, path: rows.jsonl, prompt: q, extra: more,
+     only: {kind: [b]}, samples: 4}
+  - {name: all, category: c, licence: none, lang: zh, path: rows.jsonl, prompt: q,
+     sampling: {temperature: 0, max_new_tokens: 40}}
 """
     )
     with StandIn() as server:
@@ -460,7 +462,8 @@ def test_the_benchmark_measures_combinations_and_keeps_every_answer(place, monke
 
     monkeypatch.setattr(benchmark, "engines", two)
     monkeypatch.setattr(benchmark, "WARM", 4)
-    words = "--try 1x2 2x8 --rounds 2 --all --model model --prompts prompts.jsonl --max-new-tokens 64 --out out.jsonl -- --x 1"
+    words = "--try 1x2 2x8 --rounds 2 --all --model model --prompts prompts.jsonl --max-new-tokens 64"
+    words += " --out out.jsonl -- --x 1"
     monkeypatch.setattr(sys, "argv", ["benchmarks/distill.py", *words.split()])
     benchmark.main()
     table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

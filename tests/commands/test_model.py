@@ -10,9 +10,9 @@ import torch
 from helpers.tiny import save_folder
 from safetensors.torch import load_file, save_file
 
-from fastmtp.checkpoint import INDEX
 from fastmtp.cli import InputError
 from fastmtp.model import check, head_for, load
+from fastmtp.weights import INDEX
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 HEAD = "model.mtp_layers.0.input_proj.weight"

@@ -6,9 +6,10 @@ import pytest
 
 from fastmtp.data.cleaning import CleanConfig, verdict
 
-PROSE = """The harbour was quiet before the market opened. Two men carried crates of ice from the van to the stalls, and a
-woman counted change into a tin. By six the boats had come in. The cats knew it too: they sat along the wall in a row and
-looked at nobody in particular. When the first fish was laid out, a gull took it, and everyone shouted at once."""
+PROSE = """The harbour was quiet before the market opened. Two men carried crates of ice from the van to
+the stalls, and a woman counted change into a tin. By six the boats had come in. The cats knew
+it too: they sat along the wall in a row and looked at nobody in particular. When the first
+fish was laid out, a gull took it, and everyone shouted at once."""
 CODE = """Here is the function:
 
 ```python
@@ -24,9 +25,15 @@ print(area(3, 4))
 print(area(5, 6))
 ```"""
 TABLE = "| n | square |\n|---|---|\n" + "\n".join(f"| {n} | {n * n} |" for n in range(40))
-SONG = "Row, row, row your boat, gently down the stream.\nMerrily, merrily, merrily, merrily, life is but a dream."
-CHINESE = "港口在市场开门之前很安静。两个男人把冰块从货车上搬到摊位，一位妇女把零钱数进铁罐里。六点钟船都回来了，猫也知道。"
-MATHS = "First, $x + 3 = 7$, so $x = 4$. Then $2x = 8$ and $3x = 12$.\n\nTherefore the sum is $8 + 12 = \\boxed{20}$."
+SONG = """Row, row, row your boat, gently down the stream.
+Merrily, merrily, merrily, merrily, life is but a dream."""
+CHINESE = (
+    "港口在市场开门之前很安静。两个男人把冰块从货车上搬到摊位，"
+    "一位妇女把零钱数进铁罐里。六点钟船都回来了，猫也知道。"
+)
+MATHS = """First, $x + 3 = 7$, so $x = 4$. Then $2x = 8$ and $3x = 12$.
+
+Therefore the sum is $8 + 12 = \\boxed{20}$."""
 NUMBERED = "\n".join(
     f"{n}. {verb} the list for item {n} of the plan" for n, verb in enumerate("Open Read Sort Mark".split())
 )

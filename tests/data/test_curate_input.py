@@ -83,7 +83,11 @@ def test_ids_of_another_tokenizer_are_left_out_and_counted(
     words = ["--model", str(base_folder)]
     if recorded:
         words = []
-        record = {"command": "python -m fastmtp.distill", "config": {"model": str(base_folder)}}
+        record = {
+            "command": "python -m fastmtp.distill",
+            "config": {"model": str(base_folder)},
+            "versions": {},
+        }
         Path("in.jsonl.run.json").write_text(json.dumps(record))
     counts = run(*words)
     assert counts["dropped"] == {reason: 1} and counts["train"]["samples"] == 30

@@ -146,7 +146,8 @@ QUESTION = (
 @pytest.fixture
 def questions(tmp_path):
     """One file in the form of each of the seven benchmarks."""
-    passage = "The bridge was built in the last century by a company from the north.\nWho built the bridge over the river?"
+    passage = "The bridge was built in the last century by a company from the north.\n"
+    passage += "Who built the bridge over the river?"
     rows = {
         "mt_bench": {
             "turns": ["Compose a letter to the mayor of a small town about its trees", "Make it shorter."]

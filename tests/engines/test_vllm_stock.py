@@ -6,8 +6,9 @@ import pytest
 from safetensors import safe_open
 
 from fastmtp import export
-from fastmtp.checkpoint import CONTRACT_KEY, INDEX, PREFIX, read_head, save_head
+from fastmtp.checkpoint import CONTRACT_KEY, PREFIX, read_head, save_head
 from fastmtp.cli import InputError
+from fastmtp.weights import INDEX
 
 
 @pytest.fixture

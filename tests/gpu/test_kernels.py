@@ -19,7 +19,7 @@ def segments() -> torch.Tensor:
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor, share: float) -> None:
-    """The distance is a small share of the length: bfloat16 keeps eight bits, and single entries may be tiny."""
+    """The distance is a small share of the length: bfloat16 keeps eight bits; entries may be tiny."""
     distance = (found.double().cpu() - wanted.double()).norm() / wanted.double().norm()
     assert distance < share, float(distance)
 
