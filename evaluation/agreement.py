@@ -15,21 +15,21 @@ import sys
 
 from evaluation import metrics
 from evaluation.asking import Prompts
-from evaluation.lossless import check_tolerance
+from evaluation.conditions import check_tolerance
 from evaluation.plan import Arm, Plan, add_arguments
 from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
-from fastmtp import acceptance
 from fastmtp import model as models
 from fastmtp.cli import InputError, Parser, run, split_at_dashes
 from fastmtp.files import atomic, write_json
 from fastmtp.markdown import grid, number
+from fastmtp.teacher_forced import FULL, measure, pooled
 from fastmtp.vocab.token_map import load_token_map
 
 
 def samples_of(prompts: Prompts, questions: list[list[str]], answers: list[dict]) -> list[dict]:
-    """Every turn of the answers with its prompt, as `acceptance.measure` takes them. Empty outputs have no
-    passes.
+    """Every turn of the answers with its prompt, as `teacher_forced.measure` takes them. Empty outputs have
+    no passes.
     """
     user_turns = dict(zip(question_keys(prompts.task, questions), questions, strict=True))
     samples = []
@@ -80,9 +80,9 @@ def _computed(model: models.Model, arm: Arm, samples: list[dict]) -> dict:
     if not samples:
         return {"accept_length": None, "position_rates": None}
     maps = {"map": load_token_map(arm.token_map, model.net.vocab_size)} if arm.token_map else {}
-    measured = acceptance.measure(model, samples, arm.num_steps, maps)
-    pooled = acceptance.pooled(measured, "map" if maps else acceptance.FULL)
-    return {"accept_length": pooled.accept_length, "position_rates": pooled.position_rates}
+    measured = measure(model, samples, arm.num_steps, maps)
+    total = pooled(measured, "map" if maps else FULL)
+    return {"accept_length": total.accept_length, "position_rates": total.position_rates}
 
 
 HEAD = (

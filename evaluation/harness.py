@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from evaluation import metrics
 from evaluation.answers import Answers
 from evaluation.asking import Prompts, Settings, collect
 from evaluation.backends import BackendError, Server
-from evaluation.questions import Task, digest, load_questions, question_keys
-from fastmtp.cli import InputError, Parser, at_least
+from evaluation.conditions import bench_config, check_numbers, counts, environment
+from evaluation.questions import Task, load_questions
+from fastmtp.cli import InputError, Parser
 from fastmtp.engines.address import api_key, base_url
-from fastmtp.files import check_output, claim, provenance, release, write_jsonl
+from fastmtp.files import check_output, claim, release, write_jsonl
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
 from fastmtp.inputs import read_jsonl
 from fastmtp.tokenizer import load_tokenizer
@@ -59,15 +59,6 @@ def parser(task: Task) -> Parser:
     )
     p.add_argument("--timeout", type=float, default=600.0, help="seconds one request may take")
     return p
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """InputError for a count, time or temperature that cannot be."""
-    at_least(args, 1, "num_questions", "max_gen_length", "parallel")
-    if not 0 <= args.temperature < math.inf:
-        raise InputError(f"--temperature {args.temperature}: must be a number of at least 0")
-    if not 0 < args.timeout < math.inf:
-        raise InputError(f"--timeout {args.timeout}: must be a number above 0")
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -155,41 +146,6 @@ def identity(
     elsewhere = {name: path for name, path in named.items() if name not in here}
     asked = {"num_steps": num_steps, "parallel": parallel, "gpu": gpu_name(), "sglang": info["version"]}
     return fingerprint(here, elsewhere | asked | vars(settings) | info["all_settings"])
-
-
-def counts(asked: int, total: int) -> str:
-    return f"{asked} asked, {total - asked} kept"
-
-
-def environment(backend_info: dict, backend: str) -> dict:
-    """Where the figures come from: engine, its settings, package versions, GPU."""
-    facts = provenance({})
-    versions = facts["versions"] | ({backend: backend_info["version"]} if backend_info["version"] else {})
-    return {
-        "backend": backend,
-        "versions": versions,
-        "git_commit": facts["git_commit"],
-        "gpu": gpu_name(),
-        "settings": backend_info["settings"],
-        "finished": facts["finished"],
-    }
-
-
-def bench_config(
-    task: Task,
-    question_file: str | Path | None,
-    questions: list[list[str]],
-    settings: Settings,
-    parallel: int,
-    depends: dict[str, object],
-) -> dict:
-    """What a result line says of its making. `fingerprint`: what the answers depend on."""
-    source = {"dataset": task.dataset, "revision": task.revision}
-    if question_file:
-        source = {"file": Path(question_file).name}
-    source["digest"] = digest(sorted(set(question_keys(task, questions))))
-    shared = {"max_gen_length": settings.max_gen_length, "parallel": parallel, "seed": settings.seed}
-    return shared | {"questions": source, "chat_template": "model", "fingerprint": depends}
 
 
 def _baseline(result_file: Path, task: str, config: dict) -> float | None:

@@ -13,7 +13,6 @@ evaluation.run) are judged as they are.
 
 from __future__ import annotations
 
-import math
 import sys
 
 import torch
@@ -21,6 +20,8 @@ from tqdm import tqdm
 
 from evaluation import metrics
 from evaluation.asking import Prompts
+from evaluation.conditions import check_tolerance
+from evaluation.metrics import first_difference
 from evaluation.plan import Plan, add_arguments
 from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
@@ -51,16 +52,6 @@ class Backbone:
             .logits[0, -1]
             .float()
         )
-
-
-def first_difference(ours: list[int], theirs: list[int]) -> int | None:
-    """Index of the first differing token; the shorter length if one output only stops earlier; None if
-    equal.
-    """
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-        if a != b:
-            return index
-    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
 def judge(
@@ -163,11 +154,6 @@ def main(argv: list[str] | None = None) -> None:
         names = [name for name, arm in report["arms"].items() if arm["verdict"] == verdict]
         if names:
             sys.exit(f"evaluation.lossless: {', '.join(names)} {words}; see {args.out}/lossless.json")
-
-
-def check_tolerance(tolerance: float) -> None:
-    if not 0 <= tolerance < math.inf:
-        raise InputError(f"--tolerance {tolerance}: must be a number of at least 0")
 
 
 def build(plan: Plan, results: list[Result], tolerance: float) -> dict:

@@ -78,6 +78,16 @@ def decode_throughput(answers: list[dict]) -> float | None:
     return tokens / seconds if tokens and seconds > 0 else None
 
 
+def first_difference(ours: list[int], theirs: list[int]) -> int | None:
+    """Index of the first differing token; the shorter length if one output only stops earlier; None if
+    equal.
+    """
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            return index
+    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
 def identical(answers: list[dict], reference: list[dict]) -> dict:
     """Compare outputs token by token, by question: `{"reference", "questions", "identical", "share"}`.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from evaluation import backend_vllm
 from evaluation.answers import Answers
 from evaluation.asking import Prompts, Settings
-from evaluation.harness import check_numbers
+from evaluation.conditions import check_numbers
 from evaluation.questions import Task, load_questions
 from evaluation.tasks import TASKS as TASKS
 from evaluation.tasks import parse_tasks

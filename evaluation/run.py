@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluation import asking, harness, metrics, table
+from evaluation import asking, conditions, metrics, table
 from evaluation.answers import Answers
 from evaluation.backend_vllm import VllmServer
 from evaluation.backends import BackendError, Reference, Server
@@ -65,7 +65,9 @@ def ask_all(plan: Plan, repeat_questions: int) -> tuple[list[Result], dict[str, 
             for task in plan.tasks:
                 results.append((arm, task, kept[arm.name, task.name].to(_keys(plan, task, limit))))
     asked = sum(answers.asked for answers in kept.values())
-    print(f"evaluation: {harness.counts(asked, sum(len(rows) for _, _, rows in results))}", file=sys.stderr)
+    print(
+        f"evaluation: {conditions.counts(asked, sum(len(rows) for _, _, rows in results))}", file=sys.stderr
+    )
     return results, environments
 
 
@@ -97,7 +99,7 @@ async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None
             await asking.collect(
                 backend, prompts, questions, plan.settings, answers, arm.num_steps, a.parallel, arm.name
             )
-    return harness.environment(info, a.backend)
+    return conditions.environment(info, a.backend)
 
 
 @contextlib.contextmanager
@@ -132,7 +134,7 @@ def result_lines(plan: Plan, results: list[Result], environments: dict[str, dict
     for arm, task, rows in results:
         asked = {row["question"] for row in rows}
         baseline = [row for row in plain.get(task.name, []) if row["question"] in asked] or None
-        config = harness.bench_config(
+        config = conditions.bench_config(
             task,
             plan.files[task.name],
             plan.questions[task.name],

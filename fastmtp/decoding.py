@@ -25,30 +25,10 @@ from fastmtp.fingerprint import fingerprint, machine
 from fastmtp.inputs import read_jsonl, shipped
 from fastmtp.model import Model, check, head_for, load, put_head
 from fastmtp.speculative import generate
-from fastmtp.tau import accept_length, position_rates
+from fastmtp.tau import summarise
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, load_map, parse_maps, read
 from fastmtp.weights import weight_files
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Pooled figures over result rows (see `compare`): tau, rates, seconds, speed-up and identity. What is
-    unknown, because nothing was drafted, is None.
-    """
-    histogram = [sum(column) for column in zip(*(row["histogram"] for row in rows), strict=True)]
-    tokens, passes = sum(len(row["output_ids"]) for row in rows), sum(row["verify_passes"] for row in rows)
-    plain_s, draft_s = sum(row["plain_s"] for row in rows), sum(row["draft_s"] for row in rows)
-    return {
-        "questions": len(rows),
-        "output_tokens": tokens,
-        "accept_length": accept_length(tokens, passes),
-        "position_rates": position_rates(histogram),
-        "histogram": histogram,
-        "plain_s": plain_s,
-        "draft_s": draft_s,
-        "speedup": plain_s / draft_s if passes and draft_s else None,
-        "identical": sum(row["identical"] for row in rows),
-    }
 
 
 def compare(

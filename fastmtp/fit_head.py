@@ -29,8 +29,7 @@ from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import read_samples
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
-from fastmtp.model import check, load
-from fastmtp.prepare_model import take_over
+from fastmtp.model import check, load, take_over
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.weights import check_finite
 

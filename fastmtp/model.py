@@ -24,7 +24,7 @@ from fastmtp.checkpoint import (
     read_head,
 )
 from fastmtp.cli import InputError
-from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
+from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import check_fits, end_ids, load_tokenizer
 from fastmtp.weights import check_finite, headers
@@ -116,6 +116,20 @@ def put_head(net: MiMoForCausalLM, name: str | Path, tensors: dict[str, Tensor])
     net.load_head(tensors)
     net.config.mtp_hidden = head_state(name)
     _ = net.config.objective
+
+
+def take_over(head: MiMoMTPLayer, layer: dict[str, Tensor], input_proj: Tensor, final_norm: Tensor) -> None:
+    """Make `head` the decoder layer `layer` (names within it), fed through `input_proj` [H, 2H]; ones as the
+    streams' norms.
+    """
+    ones = torch.ones_like(final_norm)
+    own = {
+        "input_proj": input_proj,
+        "token_layernorm": ones,
+        "hidden_layernorm": ones,
+        "final_layernorm": final_norm,
+    }
+    head.load_state_dict(layer | {f"{name}.weight": tensor for name, tensor in own.items()}, strict=True)
 
 
 def _reason(error: Exception) -> str:

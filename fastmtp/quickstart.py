@@ -28,9 +28,9 @@ from pathlib import Path
 from fastmtp import files
 from fastmtp.checkpoint import HEADS
 from fastmtp.cli import Parser, run
-from fastmtp.decoding import summarise
 from fastmtp.fingerprint import code, content, differences, fingerprint, machine
 from fastmtp.inputs import read_json, read_jsonl, resource
+from fastmtp.tau import summarise
 
 PROMPTS = "examples/prompts.jsonl"
 RECIPE, CLEANING = "configs/quickstart.yaml", "configs/quickstart_curate.yaml"

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from fastmtp import files, markdown
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.decoding import summarise
 from fastmtp.inputs import read_json, read_jsonl
 from fastmtp.markdown import number
-from fastmtp.tau import Acceptance
+from fastmtp.tau import Acceptance, summarise
 
 Curves = dict[str, list[tuple[int, float]]]  # {"mtp_loss_k": [(optimiser step, loss in nats per token)]}
 Pooled = dict[tuple[str, str], Acceptance]  # by head and map

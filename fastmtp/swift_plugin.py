@@ -27,13 +27,13 @@ from swift.model import ModelGroup, ModelLoader, ModelMeta, register_model
 from swift.template import Template, TemplateMeta, register_template
 from torch.distributed.tensor import DTensor
 
-from fastmtp.acceptance import measure, pooled
 from fastmtp.chat import encode_chat
 from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
 from fastmtp.leftovers import is_running
 from fastmtp.model import Model
+from fastmtp.teacher_forced import measure, pooled
 
 NAME = "fastmtp_mimo"
 

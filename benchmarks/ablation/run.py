@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.ablation.table import report, tables
 from fastmtp import files
-from fastmtp.acceptance import measure_at
 from fastmtp.checkpoint import head_folder, head_state, read_head, save_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, with_base
@@ -28,6 +27,7 @@ from fastmtp.export import export
 from fastmtp.fingerprint import differences, fingerprint, machine
 from fastmtp.inputs import existing, read_json, read_jsonl, resource
 from fastmtp.model import head_for, load, put_head
+from fastmtp.teacher_forced import measure_at
 from fastmtp.train import check, swift_keys, train
 from fastmtp.weights import weight_files
 from fastmtp.yaml_file import read_mapping

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from evaluation import metrics
 from evaluation.backends import BackendError, Server, Turn
-from evaluation.lossless import first_difference
+from evaluation.metrics import first_difference
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts

@@ -18,6 +18,8 @@ from fastmtp.cli import InputError
 from fastmtp.engines import sglang
 from fastmtp.engines.sglang_flags import DUMMY, MEASURED, canonical, merged, streams, without
 from fastmtp.files import atomic
+from fastmtp.vocab.draft_vocab import DraftVocab
+from fastmtp.vocab.script_table import ScriptTable
 from fastmtp.vocab.token_map import parse_size
 
 
@@ -164,9 +166,6 @@ def vocabulary(point: Point, folder: Path) -> dict[str, str]:
     """Environment in which our own draft model takes the point's map; its file is made beside the model
     folder.
     """
-    from fastmtp.vocab.draft_vocab import DraftVocab
-    from fastmtp.vocab.script_table import ScriptTable
-
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     no_letters = ScriptTable(np.zeros(vocab_size, np.uint8), np.zeros(vocab_size, np.float32))
     path = folder / f"vocab_{point.map_name}.pt"

@@ -7,13 +7,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastmtp.acceptance import measure, pooled
 from fastmtp.checkpoint import CODE, is_post_norm
 from fastmtp.data.samples import read_samples
 from fastmtp.engines.sglang import check_model
 from fastmtp.fingerprint import content
 from fastmtp.health.folder import ERROR, OK, WARNING, Folder, Line
 from fastmtp.model import load
+from fastmtp.teacher_forced import measure, pooled
 from fastmtp.tokenizer import load_tokenizer
 
 USELESS = 1.1  # accept length below which a head costs more than it brings

@@ -16,10 +16,11 @@ import pytest
 import torch
 from helpers.training import FLOAT32, HALF, STEPS, make_inputs, sft, succeeded, weights
 
-from fastmtp.acceptance import measure, pooled, read_samples
+from fastmtp.acceptance import read_samples
 from fastmtp.checkpoint import HEAD_TENSORS, PREFIX, read_head
 from fastmtp.export import export
 from fastmtp.model import load
+from fastmtp.teacher_forced import measure, pooled
 
 pytest.importorskip("swift")
 pytestmark = pytest.mark.slow

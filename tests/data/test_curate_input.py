@@ -102,7 +102,7 @@ def test_inputs_of_two_models_need_one_name(place, tokenizer, base_folder):
     for name in ("in", "other"):
         write([sample(ord(name[0]), tokenizer)], f"{name}.jsonl")
         Path(f"{name} model").mkdir()
-        record = {"command": "x", "config": {"model": f"{name} model"}}
+        record = {"command": "x", "config": {"model": f"{name} model"}, "versions": {}}
         Path(f"{name}.jsonl.run.json").write_text(json.dumps(record))
     words = ["--input", "in.jsonl", "other.jsonl", "--out", "out", "--workers", "1"]
     with pytest.raises(InputError, match="of in model and other model; give one --model"):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers.tiny import save_folder, tiny_model, useful_model
 
-from fastmtp.acceptance import measure, pooled
 from fastmtp.checkpoint import head_state, read_head, save_head
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
@@ -14,6 +13,7 @@ from fastmtp.export import export
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.model import check, put_head
 from fastmtp.speculative import generate
+from fastmtp.teacher_forced import measure, pooled
 
 IDS = torch.tensor([[5, 17, 3, 88, 41, 9]])
 

@@ -9,9 +9,9 @@ import torch
 from helpers.tiny import chatml_tokenizer
 
 from fastmtp import acceptance, decoding
-from fastmtp.acceptance import measure_at, pooled
 from fastmtp.cli import InputError
 from fastmtp.speculative import generate
+from fastmtp.teacher_forced import measure_at, pooled
 from fastmtp.tokenizer import fingerprint
 from fastmtp.vocab.draft_vocab import LOOK_EVERY, DraftVocab, mix, names_by_anchor, read
 from fastmtp.vocab.lang import LANGUAGES, detect

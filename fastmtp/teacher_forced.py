@@ -1,0 +1,182 @@
+"""Accept length without decoding, by one teacher-forced pass over finished answers.
+
+Greedy drafts that were accepted equal the text, so the chain that an engine would draft at any anchor is the
+chain over the text itself, up to its first miss. Computing all anchors at once in `exact` mode (recursion.py)
+and walking the answer from one verify pass to the next gives what the decoder would have counted, for the
+cost of one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastmtp import markdown
+from fastmtp.head.teacher import greedy
+from fastmtp.model import Model
+from fastmtp.tau import Acceptance, walk
+from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, names_by_anchor
+
+FULL = "full"  # the name of no map
+Results = dict[tuple[str, str, str], Acceptance]  # by source, language, map name
+Pair = tuple[list[int], list[int]]  # prompt ids, output ids
+
+
+def anchors_of(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A padded batch: ids and mask [B, T], and of its N anchors the flat places and how many answer tokens
+    follow the anchor's next token, both [N].
+    """
+    longest = max(len(prompt) + len(output) for prompt, output in pairs)
+    ids = torch.zeros(len(pairs), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    places, left = [], []
+    for row, (prompt, output) in enumerate(pairs):
+        ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output)
+        mask[row, : len(prompt) + len(output)] = 1
+        start = row * longest + len(prompt) - 1  # the last token of the prompt is the first anchor
+        places.append(torch.arange(start, start + len(output) - 1))
+        left.append(torch.arange(len(output) - 1, 0, -1))
+    return ids, mask, torch.cat(places), torch.cat(left)
+
+
+@torch.inference_mode()
+def draft_hits(
+    model: Model, pairs: Sequence[Pair], num_steps: int, token_maps: dict[str, Tensor | None]
+) -> list[dict[str, Tensor]]:
+    """For each of `pairs`: {map name: hits [n-1, K]} (see `walk`), from one padded forward pass."""
+    weight = model.net.lm_head.weight
+    ids, mask, places, left = (x.to(weight.device) for x in anchors_of(pairs))
+    _, states, _ = model.net.mtp_states(ids, mask, num_steps=num_steps, attention="exact")
+    text = torch.cat([ids.flatten(), ids.new_zeros(num_steps + 1)])
+
+    # Draft at every anchor with every map; only the rows of the map take part.
+    hits: list[dict[str, Tensor]] = [{} for _ in pairs]
+    for name, token_map in token_maps.items():
+        allowed = None if token_map is None else token_map.to(weight.device)
+        small = weight if allowed is None else weight[allowed]
+        right = torch.empty(len(places), num_steps, dtype=torch.bool, device=weight.device)
+        for step, state in enumerate(states):
+            rows = greedy(state.flatten(0, 1)[places], small)
+            drafts = rows if allowed is None else allowed[rows]
+            right[:, step] = (drafts == text[places + step + 2]) & (left > step)
+
+        # Back to one table per answer.
+        for by_map, part in zip(hits, right.cpu().split([len(o) - 1 for _, o in pairs]), strict=True):
+            by_map[name] = part
+    return hits
+
+
+def batches(samples: Sequence[dict], batch_tokens: int) -> list[list[int]]:
+    """Numbers of the samples, longest first, in batches of at most `batch_tokens` places with padding."""
+    length = [len(sample["prompt_ids"]) + len(sample["output_ids"]) for sample in samples]
+    order = sorted(range(len(samples)), key=length.__getitem__)
+    result = []
+    while order:
+        size = max(1, batch_tokens // length[order[-1]])
+        result.append(order[-size:])
+        del order[-size:]
+    return result
+
+
+def measure_at(
+    model: Model,
+    samples: Sequence[dict],
+    at: Sequence[int],
+    token_maps: dict[str, Tensor | None] | None = None,
+    batch_tokens: int | None = None,
+    vocab: DraftVocab | None = None,
+) -> dict[int, Results]:
+    """{K: {(source, lang, map name): Acceptance}} for every K of `at`, from one pass with the largest.
+
+    samples: distilled ones (`prompt_ids`, `output_ids`); the map "full" is none. A batch holds at most
+    `batch_tokens` places (default by device), padding included. `vocab` adds each of its maps, and "auto",
+    which follows the language.
+    """
+    maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
+    batch_tokens = batch_tokens or (32768 if model.net.lm_head.weight.is_cuda else 8192)
+    hits: dict[int, dict[str, Tensor]] = {}
+    with tqdm(total=len(samples), desc="acceptance", unit="sample", leave=False) as bar:
+        for batch in batches(samples, batch_tokens):
+            pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
+            by_sample = draft_hits(model, pairs, max(at), maps)
+            if vocab:
+                for (prompt, output), by_map in zip(pairs, by_sample, strict=True):
+                    by_map[AUTO] = followed(vocab, prompt, output, by_map)
+            hits |= zip(batch, by_sample, strict=True)
+            bar.update(len(batch))
+
+    # Count in the order of the data, so that the intervals of two heads are paired.
+    results: dict[int, Results] = {steps: defaultdict(Acceptance) for steps in at}
+    for i, sample in enumerate(samples):
+        for name, right in hits[i].items():
+            for steps in at:
+                key = (sample.get("source", ""), sample.get("lang", ""), name)
+                results[steps][key].add(len(sample["output_ids"]), walk(right[:, :steps]))
+    return {steps: dict(rows) for steps, rows in results.items()}
+
+
+def followed(vocab: DraftVocab, prompt: list[int], output: list[int], hits: dict[str, Tensor]) -> Tensor:
+    """One answer's hits [n-1, K] with the map that is active at each anchor. hits: by map name."""
+    active = names_by_anchor(vocab, prompt, output)
+    rows = [hits[name][anchor] for anchor, name in enumerate(active)]
+    return torch.stack(rows) if rows else hits[vocab.first()]
+
+
+def measure(
+    model: Model,
+    samples: Sequence[dict],
+    num_steps: int,
+    token_maps: dict[str, Tensor | None] | None = None,
+    batch_tokens: int | None = None,
+) -> Results:
+    """`measure_at` for one K."""
+    return measure_at(model, samples, [num_steps], token_maps, batch_tokens)[num_steps]
+
+
+def pooled(results: Results, name: str = FULL) -> Acceptance:
+    """All sources and languages of one map together."""
+    total = Acceptance()
+    for (_, _, map_), part in results.items():
+        if map_ == name:
+            total.merge(part)
+    return total
+
+
+def table(results: Results) -> str:
+    """Markdown: tau with its interval, and position rates, per source, language and map, then pooled."""
+    names = list(dict.fromkeys(name for _, _, name in results))
+    steps = len(next(iter(results.values())).histogram) - 1
+    keys = sorted(results, key=lambda key: (*key[:2], names.index(key[2])))
+    parts = [(*key, results[key]) for key in keys] + [
+        ("all", "", name, pooled(results, name)) for name in names
+    ]
+    rows = []
+    for source, lang, name, part in parts:
+        interval = part.interval
+        between = "-" if interval is None else "{:.3f} to {:.3f}".format(*interval)
+        rates = [markdown.number(rate, ".3f") for rate in part.position_rates or [None] * steps]
+        tau = markdown.number(part.accept_length, ".3f")
+        rows.append([source, lang, name, part.output_tokens, tau, between, *rates])
+    drafts = [f"draft {i + 1}" for i in range(steps)]
+    return markdown.grid(["source", "lang", "map", "tokens", "tau", "95 %", *drafts], rows, text=3)
+
+
+def as_json(results: Results, head: str) -> list[dict]:
+    """One object per row of `table` (pooled rows left out)."""
+    return [
+        {
+            "head": head,
+            **dict(zip(("source", "lang", "map"), key, strict=True)),
+            "output_tokens": part.output_tokens,
+            "verify_passes": part.verify_passes,
+            "histogram": part.histogram,
+            "accept_length": part.accept_length,
+            "interval": part.interval,
+            "position_rates": part.position_rates,
+        }
+        for key, part in sorted(results.items())
+    ]
