@@ -1,4 +1,4 @@
-"""Under which conditions answers came: the numbers asked for, checked, and what a result line records.
+"""Under which conditions answers came: the numbers asked for, checked, and what a result line records."""
 
 from __future__ import annotations
 
