@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastmtp.checkpoint import CODE, is_post_norm
+from fastmtp.checkpoint import CODE, CONTRACT_KEY, is_post_norm
 from fastmtp.data.samples import read_samples
 from fastmtp.engines.sglang import check_model
 from fastmtp.fingerprint import content
@@ -23,8 +23,14 @@ def engines(folder: Folder) -> Iterator[Line]:
     check_model(str(folder.path), 3)
     heads, groups = (folder.config.get(f"num_{kind}_heads", 1) for kind in ("attention", "key_value"))
     sizes = [n for n in (1, 2, 4, 8) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
-    yield Line("SGLang", OK, f"takes it; tensor parallel sizes {', '.join(map(str, sizes))}")
-    if is_post_norm(folder.config):
+    contract = folder.config.get(CONTRACT_KEY)
+    pre_norm = isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm"
+    if pre_norm:
+        text = "hands over the state after the final norm; this head was trained on the one before it"
+        yield Line("SGLang", ERROR, text, "serve it with --engine vllm, or train it with mtp_hidden post_norm")
+    else:
+        yield Line("SGLang", OK, f"takes it; tensor parallel sizes {', '.join(map(str, sizes))}")
+    if pre_norm or is_post_norm(folder.config):
         yield Line("vLLM", OK, "takes it with FastMTP's plugin (pip install -e . beside vLLM)")
     else:
         text = "its MiMo hands the head the state before the final norm; fewer drafts may be accepted"

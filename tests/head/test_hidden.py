@@ -68,8 +68,8 @@ def test_the_choice_travels_with_the_head(base_folder, tmp_path):
     assert about["fastmtp"]["mtp_hidden"] == about["mtp_hidden"] == "pre_norm"
     assert check(tmp_path / "model").mtp_hidden == "pre_norm" == head_state(tmp_path / "model")
     with pytest.raises(InputError, match="SGLang hands over the one after"):
-        sglang.check_model(str(tmp_path / "model"), 3)
-    sglang.check_model(str(tmp_path / "model"), 0)  # plain decoding needs no head
+        sglang.check(str(tmp_path / "model"), 3)
+    sglang.check(str(tmp_path / "model"), 0)  # plain decoding needs no head
     net = tiny_model(0, vocab_size=320)
     put_head(net, tmp_path / "head", head)
     assert net.config.mtp_hidden == "pre_norm"
