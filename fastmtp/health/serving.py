@@ -27,7 +27,9 @@ def engines(folder: Folder) -> Iterator[Line]:
     pre_norm = isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm"
     if pre_norm:
         text = "hands over the state after the final norm; this head was trained on the one before it"
-        yield Line("SGLang", ERROR, text, "serve it with --engine vllm, or train it with mtp_hidden post_norm")
+        yield Line(
+            "SGLang", ERROR, text, "serve it with --engine vllm, or train it with mtp_hidden post_norm"
+        )
     else:
         yield Line("SGLang", OK, f"takes it; tensor parallel sizes {', '.join(map(str, sizes))}")
     if pre_norm or is_post_norm(folder.config):

@@ -138,7 +138,19 @@ def test_damaged_weights_are_named(name, whole, tmp_path, capsys):
         (lambda f: (f / "losses.py").unlink(), "transformers", "warning"),
         (lambda f: setting(f, fastmtp={"mtp_hidden": "pre_norm"}), "SGLang", "error"),
     ],
-    ids=["plain", "layers", "tied", "awq", "vocabulary", "end", "template", "tokenizer", "lfs", "code", "norm"],
+    ids=[
+        "plain",
+        "layers",
+        "tied",
+        "awq",
+        "vocabulary",
+        "end",
+        "template",
+        "tokenizer",
+        "lfs",
+        "code",
+        "norm",
+    ],
 )
 def test_damaged_files_are_named(change, line, level, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "folder")
