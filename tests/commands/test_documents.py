@@ -12,7 +12,7 @@ import pytest
 from fastmtp import cli, distill, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("*.md", "docs/*.md", "vocab/*.md", "examples/*.md", "fastmtp/**/*.md")
+DOCUMENTS = ("*.md", "docs/*.md", "vocab/*.md", "examples/*.md", "fastmtp/**/*.md", "benchmarks/**/*.md")
 SOURCES = ("fastmtp/**/*.py", "evaluation/**/*.py", "benchmarks/**/*.py", "examples/*.py", "scripts/*.sh")
 START = (
     r"(?:[A-Z_]+=\S+ )*"  # an environment variable
