@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +18,12 @@ from pathlib import Path
 from fastmtp.cli import InputError
 from fastmtp.inputs import read_jsonl
 
-# Fields that would be part of a question, with the row names of other data sets.
-PARTS = ("system", "system_prompt", "context", "passages", "documents", "instruction", "input", "messages")
+# Fields that would be part of a question, with the row names of other data sets; capitals do not matter.
+PARTS = ("system", "system_prompt", "system_message", "context", "contexts", "ctxs", "passage", "passages")
+PARTS += ("document", "documents", "article", "instruction", "input", "messages", "conversation")
+PARTS += ("conversations", "tools", "functions", "image", "images", "audio", "video")
 CHOICES = ("options", "choices", "A", "B", "C", "D")
+CHOICE = re.compile(r"(?:(?:option|choice)[_ ]?)?[a-d]", re.IGNORECASE)  # other names of A to D
 
 
 class Unfit(Exception):
@@ -60,21 +66,29 @@ def load_questions(task: Task, question_file: str | Path | None, limit: int) -> 
             questions.append(_question(task, row))
         except Unfit as error:
             raise InputError(f"{place}: {error}; fix or remove this line") from None
+    source = question_file or task.dataset
     if not questions:
-        raise InputError(f"{question_file or task.dataset}: no questions; give a file with at least one line")
+        raise InputError(f"{source}: no questions; give a file with at least one line")
+    repeated = len(questions) - len(set(question_keys(task, questions)))
+    if repeated:
+        print(
+            f"{source}: {repeated} of {len(questions)} questions are repeated and asked once", file=sys.stderr
+        )
     return questions
 
 
 def _question(task: Task, row: dict) -> list[str]:
     """User turns of a row; raises Unfit if a part of the question would be lost or cannot be sent."""
-    lost = [name for name in (*PARTS, *CHOICES) if row.get(name) and name not in task.asks]
-    if lost:
-        raise Unfit(
-            f"the field '{lost[0]}' of this row is not asked in {task.name}; put it into the question"
-        )
     turns = task.turns(row)
     if not turns or not all(turn.strip() for turn in turns):
         raise Unfit("an empty question")
+    for name, value in row.items():
+        said = isinstance(value, str) and value in "\n".join(turns)  # the question has it already
+        part = name.lower() in PARTS and not said or name in CHOICES or CHOICE.fullmatch(name)
+        if part and value and name not in task.asks:
+            raise Unfit(
+                f"the field '{name}' is not asked in {task.name}, so a part of the question would be lost"
+            )
     return turns
 
 
@@ -115,12 +129,18 @@ def choices(row: dict) -> dict[str, str]:
     `choices`; {} if it has none.
     """
     source, listed = row, [name for name in ("options", "choices") if row.get(name) is not None]
+    lettered = [name for name in "ABCDEFGH" if row.get(name) not in (None, "")]
+    if len(listed) + bool(lettered) > 1:
+        raise Unfit(f"choices in '{listed[0]}' and in '{[*listed, *lettered][1]}'; keep one of them")
     if listed:
         value = row[listed[0]]
         source = dict(zip("ABCDEFGH", value, strict=False)) if isinstance(value, list) else value
         if not isinstance(source, dict) or len(source) != len(value) or not source:
             raise Unfit(f"the field '{listed[0]}' must be a list or an object of choices, not {_kind(value)}")
-    letters = [letter for letter in "ABCDEFGH" if letter in source]
+    # Tables of several exams have columns beyond D, which are null for questions of four choices.
+    letters = [
+        letter for letter in "ABCDEFGH" if letter in source and (letter < "E" or not _blank(source[letter]))
+    ]
     if listed and len(letters) != len(source):
         raise Unfit(f"the field '{listed[0]}' must name its choices A, B, C, ...")
     if letters != list("ABCDEFGH"[: len(letters)]) or len(letters) == 1:
@@ -129,9 +149,14 @@ def choices(row: dict) -> dict[str, str]:
 
 
 def _choice(letter: str, value: object) -> str:
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and not _blank(value):
         return str(value)
-    raise Unfit(f"choice {letter} is {'empty' if value == '' else _kind(value)}")
+    raise Unfit(f"choice {letter} is {'empty' if _blank(value) else _kind(value)}")
+
+
+def _blank(value: object) -> bool:
+    """null, NaN (what a table writes for null), or a text without a character to read."""
+    return value is None or isinstance(value, float) and math.isnan(value) or not str(value).strip()
 
 
 def _kind(value: object) -> str:

@@ -117,10 +117,10 @@ REFUSED = [
     ("mt_bench", {"turns": 7}, "not a number"),
     ("mt_bench", {"turns": []}, "an empty question"),
     ("mt_bench", {"turns": ["Name a river."], "prompt": "Name a lake."}, "two different questions"),
-    ("mt_bench", {"turns": ["Name a river."], "system": "Be terse."}, "'system' of this row is not asked"),
+    ("mt_bench", {"turns": ["Name a river."], "system": "Be terse."}, "'system' is not asked"),
     ("mt_bench", {"turns": ["What does \ud83c mean?"]}, "not valid UTF-8"),
-    ("nq_rag", {"turns": ["Which river?"], "context": "The Rhine is long."}, "'context' of this row"),
-    ("nq_qa", {"turns": ["Which river?"], "A": "Rhine", "B": "Elbe"}, "'A' of this row is not asked"),
+    ("nq_rag", {"turns": ["Which river?"], "context": "The Rhine is long."}, "'context' is not asked"),
+    ("nq_qa", {"turns": ["Which river?"], "A": "Rhine", "B": "Elbe"}, "'A' is not asked"),
     ("math_500", {"problem": None}, "'problem' is null"),
     ("math_500", {"problem": " "}, "an empty question"),
     ("math_500", {"problem": ["1+1"]}, "must be text, not a list"),
@@ -133,6 +133,20 @@ REFUSED = [
     ("c_eval", {"question": "哪个？", "options": "一二三"}, "a list or an object of choices"),
     ("c_eval", {"question": "哪个？", "options": {"x": "一", "y": "二"}}, "must name its choices A, B"),
     ("c_eval", {"question": "哪个？", "A": "一", "B": "\udc00"}, "not valid UTF-8"),
+    ("c_eval", {"question": "哪个？", "A": float("nan"), "B": "二"}, "choice A is empty"),
+    ("c_eval", {"question": "哪个？", "A": "  ", "B": "二"}, "choice A is empty"),
+    ("c_eval", {"question": "哪个？", "a": "一", "b": "二"}, "'a' is not asked"),
+    ("c_eval", {"question": "哪个？", "option_a": "一", "option_b": "二"}, "'option_a' is not asked"),
+    (
+        "c_eval",
+        {"question": "哪个？", "A": "一", "B": "二", "options": ["三", "五"]},
+        "in 'options' and in 'A'",
+    ),
+    ("nq_rag", {"turns": ["Which river?"], "ctxs": ["The Rhine is long."]}, "'ctxs' is not asked"),
+    ("nq_rag", {"turns": ["Which river?"], "Context": "The Rhine is long."}, "'Context' is not asked"),
+    ("cnn_dm", {"turns": ["Sum it up."], "article": "A long one."}, "'article' is not asked"),
+    ("mt_bench", {"turns": ["Name a river."], "tools": [{"name": "map"}]}, "'tools' is not asked"),
+    ("math_500", {"problem": "1+1", "image": {"bytes": "x"}}, "'image' is not asked"),
     ("c_eval", {"question": None, "A": "一", "B": "二"}, "'question' is null"),
     ("c_eval", {"subject": 5, "question": "哪个？", "A": "一", "B": "二"}, "'subject' must be text"),
 ]
@@ -157,12 +171,20 @@ CHOICES = "\nA. 一\nB. 2\nC. 三\nD. 五\n"
         ({"options": ["一", 2, "三", "五"]}, CHOICES),
         ({"choices": {"A": "一", "B": 2, "C": "三", "D": "五"}}, CHOICES),
         ({"A": "一", "B": 2, "C": "三", "D": "五", "E": "六"}, CHOICES + "E. 六\n"),
+        ({"A": "一", "B": 2, "C": "三", "D": "五", "E": None, "F": float("nan")}, CHOICES),
     ],
 )
 def test_c_evals_choices_are_asked_wherever_the_row_has_them(row, expected, tmp_path):
     path = write(tmp_path / "q.jsonl", [{"question": "哪一项是偶数？"} | row])
     ((asked,),) = load_questions(TASKS["c_eval"], path, 80)
     assert asked == f"以下是单项选择题，请选出其中的正确答案。\n哪一项是偶数？{expected}"
+
+
+def test_what_the_question_says_already_and_a_repeated_question_are_no_fault(tmp_path, capsys):
+    row = {"turns": ["Sum it up: A long one."], "article": "A long one.", "highlights": "Long."}
+    path = write(tmp_path / "q.jsonl", [row, row])
+    assert load_questions(TASKS["cnn_dm"], path, 80) == [row["turns"]] * 2
+    assert capsys.readouterr().err == f"{path}: 1 of 2 questions are repeated and asked once\n"
 
 
 def test_null_is_never_the_word_none(tmp_path):
