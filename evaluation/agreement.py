@@ -24,7 +24,7 @@ from fastmtp.cli import InputError, Parser, run, split_at_dashes
 from fastmtp.files import atomic, write_json
 from fastmtp.markdown import grid, number
 from fastmtp.teacher_forced import FULL, measure, pooled
-from fastmtp.vocab.token_map import load_token_map
+from fastmtp.vocab.draft_vocab import load_map
 
 
 def samples_of(prompts: Prompts, questions: list[list[str]], answers: list[dict]) -> list[dict]:
@@ -79,7 +79,8 @@ def _computed(model: models.Model, arm: Arm, samples: list[dict]) -> dict:
     samples = [sample for sample in samples if len(sample["output_ids"]) > 1] and samples
     if not samples:
         return {"accept_length": None, "position_rates": None}
-    maps = {"map": load_token_map(arm.token_map, model.net.vocab_size)} if arm.token_map else {}
+    size = model.net.vocab_size
+    maps = {"map": load_map(arm.token_map, model.tokenizer, size)} if arm.token_map else {}
     measured = measure(model, samples, arm.num_steps, maps)
     total = pooled(measured, "map" if maps else FULL)
     return {"accept_length": total.accept_length, "position_rates": total.position_rates}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from evaluation.answers import Answers
-from evaluation.backends import BackendError, Turn
+from evaluation.backends import BackendError, Rejected, Turn
 from evaluation.questions import Task, question_keys
-from fastmtp.chat import prompt_ids
+from fastmtp.chat import TemplateError, prompt_ids
 from fastmtp.cli import InputError
+from fastmtp.data.rendering import Refused, question_ids
 
 WARM_UP_TOKENS = 32
 
@@ -36,14 +38,11 @@ class Prompts:
         self.tokenizer, self.task, self.folded = tokenizer, task, False
         self.folded = bool(task.system) and not self._takes_system()
         try:
-            self.ids(["a question"])
-        except InputError:
-            raise
-        except Exception as error:  # jinja2's kinds, or transformers' for a tokenizer without a template
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            question_ids(tokenizer, self.messages(["a question"]), 0, None)
+        except Refused as refusal:
             raise InputError(
-                f"{tokenizer.name_or_path}: its chat template cannot ask {task.name} ({reason}); give the"
-                " model a chat_template.jinja"
+                f"{tokenizer.name_or_path}: a plain question of {task.name} {refusal}; give the model a"
+                " chat_template.jinja that asks it"
             ) from None
 
     def _takes_system(self) -> bool:
@@ -65,6 +64,19 @@ class Prompts:
             messages += [{"role": "assistant", "content": a} for a in answers[number : number + 1]]
         return messages
 
+    def check(self, questions: list[list[str]], context: int | None, source: object) -> None:
+        """InputError for a question that cannot be asked whole, or fills the context (None: unknown) alone.
+
+        source: the questions' file or data set. An answer that is longer than the rest of the context is the
+        engine's affair: it cuts the answer or refuses the question.
+        """
+        for number, question in enumerate(questions, 1):
+            try:
+                turns = self.messages(question, ["an answer"] * (len(question) - 1))
+                question_ids(self.tokenizer, turns, 1, context)
+            except Refused as refusal:
+                raise InputError(f"{source}: question {number} {refusal}; shorten or remove it") from None
+
     def ids(self, user: list[str], answers: list[str] = ()) -> list[int]:
         """Token ids of the prompt for the last user turn, after the answers to the turns before it."""
         return prompt_ids(self.tokenizer, self.messages(user, answers))
@@ -83,7 +95,8 @@ async def collect(
     """Answers of all questions in order; those that `answers` has are not asked again.
 
     Warm-up requests go first and are not kept; the prefix cache is emptied before the first question. Raises
-    BackendError when the backend fails: what was finished is kept.
+    BackendError when the backend fails: what was finished is kept. If it refuses a question, the others are
+    still asked.
     """
     keys = question_keys(prompts.task, questions)
     missing = {
@@ -93,7 +106,8 @@ async def collect(
         return answers.to(keys)
     first = prompts.ids(next(iter(missing.values()))[:1])
     for _ in range(2):
-        await backend.ask(first, WARM_UP_TOKENS)
+        with contextlib.suppress(Rejected):
+            await backend.ask(first, WARM_UP_TOKENS)
     await backend.flush()
     free = asyncio.Semaphore(parallel)
     total = len(set(keys))
@@ -105,9 +119,14 @@ async def collect(
         disable=None,
     )
 
+    rejected: list[tuple[str, Exception]] = []
+
     async def one(key: str, question: list[str]) -> None:
         async with free:
-            answers.add(key, await _answer(backend, prompts, question, settings, num_steps))
+            try:
+                answers.add(key, await _answer(backend, prompts, question, settings, num_steps))
+            except (Rejected, TemplateError) as error:
+                rejected.append((question[0], error))
             bar.update()
 
     waiting = [asyncio.ensure_future(one(key, question)) for key, question in missing.items()]
@@ -118,6 +137,12 @@ async def collect(
             request.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         bar.close()
+    if rejected:
+        text, error = rejected[0]
+        raise Rejected(
+            f"{len(rejected)} of {total} questions of {prompts.task.name} were refused, the first "
+            f"({' '.join(text.split())[:40]!r}): {error}; the others are answered"
+        )
     return answers.to(keys)
 
 
@@ -145,6 +170,9 @@ def _checked(turn: Turn, num_steps: int) -> Turn:
         if len(turn.output_ids) > 1:
             raise BackendError("the server reports no verify passes; it was started without speculation")
         turn.verify_passes = 0
+    if num_steps and not 0 <= turn.verify_passes <= len(turn.output_ids) + 1:
+        counts = f"{turn.verify_passes} verify passes for {len(turn.output_ids)} tokens"
+        raise BackendError(f"the server reports {counts}; its accounting cannot be believed")
     if len(turn.histogram) > num_steps + 1:
         drafts = len(turn.histogram) - 1
         raise BackendError(

@@ -19,11 +19,18 @@ import aiohttp
 
 from fastmtp import model, speculative
 from fastmtp.engines import client
-from fastmtp.vocab.token_map import load_token_map
+from fastmtp.vocab.draft_vocab import load_map
 
 
 class BackendError(Exception):
     """The server or decoder failed or answered nonsense. One line; answers already finished are kept."""
+
+
+class Rejected(BackendError):
+    """This one question was refused; others may be answered."""
+
+
+REJECTIONS = (400, 413, 422)  # HTTP statuses that say something of one request, not of the server
 
 
 @dataclass
@@ -161,7 +168,8 @@ class Server:
         """The reply to a POST; BackendError unless its status is 200."""
         async with self._asking(path), await client.post(self.session, self.url + path, body) as reply:
             if reply.status != 200:
-                raise BackendError(f"{self.url}{path}: HTTP {reply.status}: {await _start(reply)}")
+                kind = Rejected if body and reply.status in REJECTIONS else BackendError
+                raise kind(f"{self.url}{path}: HTTP {reply.status}: {await _start(reply)}")
             yield reply
 
     async def _json(self, path: str) -> dict:
@@ -228,10 +236,14 @@ def _turn(last: dict, url: str, first_tokens: int, first_s: float, latency_s: fl
             f"{url}/generate: {count} output_ids for {meta['completion_tokens']} tokens; "
             "start the server without --incremental-streaming-output"
         )
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise BackendError(f"{url}/generate: output_ids that are no token ids; is this an SGLang server?")
+    if not isinstance(last.get("text"), str):  # the next turn's prompt would lack it
+        raise BackendError(f"{url}/generate: no text; start the server without --skip-tokenizer-init")
     passes = meta.get("spec_verify_ct")
     return Turn(
         output_ids=ids,
-        text=str(last.get("text") or "").encode("utf-8", "replace").decode(),  # no half characters
+        text=last["text"].encode("utf-8", "replace").decode(),  # no half characters
         prompt_tokens=meta.get("prompt_tokens", 0),
         verify_passes=passes if type(passes) is int else None,
         histogram=_histogram(meta),
@@ -261,7 +273,8 @@ class Reference:
 
     async def __aenter__(self) -> Reference:
         self.model = model.load(self.model_folder, dtype=self.dtype, device=self.device)
-        self.map = load_token_map(self.token_map, self.model.net.vocab_size) if self.token_map else None
+        size, tokenizer = self.model.net.vocab_size, self.model.tokenizer
+        self.map = load_map(self.token_map, tokenizer, size) if self.token_map else None
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -10,23 +10,26 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from evaluation.table import pictures
 from fastmtp import plots
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.files import is_ours
 from fastmtp.inputs import existing, read_json
 from fastmtp.plots import plt, style
 
 LINES = ["-", "--", "-.", ":"]
 
 
-def draw(report: dict, out: Path) -> None:
-    """radar.png, steps.png, acceptance.png in `out`, as far as the report has drafting arms."""
+def draw(report: dict, out: Path) -> list[Path]:
+    """The pictures of `table.pictures` in `out`; older ones of these names that are ours are removed."""
     arms = [name for name in report["arms"] if name != "baseline"]
-    if not arms:
-        return
-    if all(report["average"][name]["speedup"] for name in arms):
-        plots.save(radar(report, arms), out / "radar.png")
-    plots.save(steps(report, arms), out / "steps.png")
-    plots.save(acceptance(report, arms), out / "acceptance.png")
+    names = pictures(report)
+    for name, figure in DRAWN.items():
+        if name in names:
+            plots.save(figure(report, arms), out / name)
+        elif (out / name).exists() and is_ours(out / name):
+            (out / name).unlink()  # of another table: nobody must take it for this one's
+    return [out / name for name in names]
 
 
 def radar(report: dict, arms: list[str]):
@@ -139,6 +142,9 @@ def _looks(report: dict, arms: list[str]) -> dict[str, dict]:
     return looks
 
 
+DRAWN = {"radar.png": radar, "steps.png": steps, "acceptance.png": acceptance}
+
+
 def draw_folder(folder: str | Path) -> list[Path]:
     """Draw what the folder's table.json holds; the pictures made. Raises InputError without one."""
     folder = existing(folder, "results folder")
@@ -147,11 +153,10 @@ def draw_folder(folder: str | Path) -> list[Path]:
         raise InputError(f"{folder}: no table.json; give the --out of evaluation.run")
     report = read_json(path)
     try:
-        draw(report, folder)
+        return draw(report, folder)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not a table that this project wrote ({reason})") from None
-    return sorted(folder.glob("*.png"))
 
 
 def main(argv: list[str] | None = None) -> None:

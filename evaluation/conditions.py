@@ -11,6 +11,7 @@ from evaluation.questions import Task, digest, question_keys
 from fastmtp.cli import InputError, at_least
 from fastmtp.files import provenance
 from fastmtp.fingerprint import gpu_name
+from fastmtp.inputs import read_json
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -26,6 +27,17 @@ def check_tolerance(tolerance: float) -> None:
     """InputError for a --tolerance that cannot be."""
     if not 0 <= tolerance < math.inf:
         raise InputError(f"--tolerance {tolerance}: must be a number of at least 0")
+
+
+def context_of(folder: str, said: object = None) -> int | None:
+    """Tokens that a prompt and its answer may have: what the engine was told, or else what the model's folder
+    says; None if that is not known here.
+    """
+    if str(said).isdigit():
+        return int(said)
+    path = Path(folder) / "config.json"
+    context = read_json(path).get("max_position_embeddings") if path.is_file() else None
+    return context if type(context) is int else None
 
 
 def counts(asked: int, total: int) -> str:

@@ -17,7 +17,7 @@ from evaluation import metrics
 from evaluation.answers import Answers
 from evaluation.asking import Prompts, Settings, collect
 from evaluation.backends import BackendError, Server
-from evaluation.conditions import bench_config, check_numbers, counts, environment
+from evaluation.conditions import bench_config, check_numbers, context_of, counts, environment
 from evaluation.questions import Task, load_questions
 from fastmtp.cli import InputError, Parser
 from fastmtp.engines.address import api_key, base_url
@@ -74,6 +74,9 @@ def check_files(args: argparse.Namespace) -> None:
     for name in ("answer_file", "result_file"):
         if named[name]:
             check_output(named[name])
+    if Path(args.result_file).exists():
+        for _ in read_jsonl(args.result_file):  # a torn line is found before anything is asked
+            pass
 
 
 def main(task: Task, argv: list[str] | None = None) -> None:
@@ -92,6 +95,8 @@ def main(task: Task, argv: list[str] | None = None) -> None:
         sys.exit(f"{task.name}: error: {error} (finished answers are kept; the same command continues)")
     finally:
         release(result_file)
+    for reason in metrics.unknowns(line):
+        print(f"{task.name}: warning: {reason}", file=sys.stderr)
     print(summary(line))
 
 
@@ -106,6 +111,9 @@ async def _bench(task: Task, args, url: str, questions: list[list[str]]) -> dict
         answers = Answers(Path(args.answer_file or default), depends, "--answer-file")
         try:
             prompts = Prompts(load_tokenizer(tokenizer_name), task)
+            context = context_of(tokenizer_name, info["all_settings"].get("context_length"))
+            source = args.question_file or task.dataset
+            prompts.check(questions, context, source)
             rows = await collect(server, prompts, questions, settings, answers, num_steps, args.parallel, arm)
         finally:
             answers.close()

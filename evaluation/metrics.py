@@ -33,13 +33,18 @@ def accept_length(answers: list[dict]) -> float | None:
 def histogram(answers: list[dict], num_steps: int) -> list[int] | None:
     """Pooled counts, [num_steps + 1]: entry j = verify passes with exactly j accepted drafts.
 
-    None if an answer's counts are not there, or are not those of its verify passes.
+    None if an answer's counts are not there, or are not those of its verify passes and tokens.
     """
     total = [0] * (num_steps + 1)
     for turn in turns(answers):
         passes, counted = turn["verify_passes"], sum(turn["histogram"])
         # Engines may count the pass in which an answer ends, or not.
         if passes is None or (passes and not counted) or abs(passes - counted) > 1:
+            return None
+        # Each pass gives its accepted drafts and one token more; the first token comes from prefill, and the
+        # last passes may give more than the answer keeps.
+        given = sum((accepted + 1) * count for accepted, count in enumerate(turn["histogram"]))
+        if abs(given - (len(turn["output_ids"]) - 1)) > 2 * (num_steps + 1):
             return None
         for accepted, count in enumerate(turn["histogram"]):
             total[accepted] += count
@@ -55,6 +60,15 @@ def position_rates(answers: list[dict], num_steps: int) -> list[float] | None:
         return []
     counts = histogram(answers, num_steps)
     return tau.position_rates(counts) if counts else None
+
+
+def unknowns(line: dict) -> list[str]:
+    """What a result line could not say, each a sentence's end."""
+    if not line["output_tokens"]:
+        return ["every answer is empty; nothing was measured"]
+    if line["position_rates"] is None:
+        return ["the engine gave no usable histogram of accepted drafts; rates are unknown"]
+    return []
 
 
 def wall_seconds(answers: list[dict]) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 from evaluation import backend_vllm
 from evaluation.answers import Answers
 from evaluation.asking import Prompts, Settings
-from evaluation.conditions import check_numbers
+from evaluation.conditions import check_numbers, context_of
 from evaluation.questions import Task, load_questions
 from evaluation.tasks import TASKS as TASKS
 from evaluation.tasks import parse_tasks
@@ -204,8 +204,12 @@ class Plan:
                 self.command(arm, self.args.port, "triton")
             if arm.model not in tokenizers:
                 tokenizers[arm.model] = load_tokenizer(arm.model)
+                said = values(self.flags)
+                context = context_of(arm.model, said.get("--context-length", said.get("--max-model-len")))
                 for task in self.tasks:
-                    Prompts(tokenizers[arm.model], task)
+                    source = self.files[task.name] or task.dataset
+                    prompts, questions = Prompts(tokenizers[arm.model], task), self.questions[task.name]
+                    prompts.check(questions, context, source)
             if arm.token_map:
                 size = sglang.vocabulary(arm.model, read_json(Path(arm.model) / "config.json"))
                 load_map(arm.token_map, tokenizers[arm.model], size)

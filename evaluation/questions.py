@@ -151,7 +151,7 @@ def choices(row: dict) -> dict[str, str]:
 def _choice(letter: str, value: object) -> str:
     if isinstance(value, (str, int, float)) and not isinstance(value, bool) and not _blank(value):
         return str(value)
-    raise Unfit(f"choice {letter} is {'empty' if _blank(value) else _kind(value)}")
+    raise Unfit(f"choice {letter} is {'empty' if value is not None and _blank(value) else _kind(value)}")
 
 
 def _blank(value: object) -> bool:

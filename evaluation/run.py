@@ -20,7 +20,7 @@ from pathlib import Path
 from evaluation import asking, conditions, metrics, table
 from evaluation.answers import Answers
 from evaluation.backend_vllm import VllmServer
-from evaluation.backends import BackendError, Reference, Server
+from evaluation.backends import BackendError, Reference, Rejected, Server
 from evaluation.plan import Arm, Plan, add_arguments
 from evaluation.questions import Task, question_keys
 from fastmtp.cli import Parser, at_least, run, split_at_dashes
@@ -93,12 +93,18 @@ async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None
         backend = Server(url, a.timeout)
     async with backend:
         info = await backend.info()
+        refused = None
         for task in plan.tasks:
             prompts = asking.Prompts(plan.tokenizers[arm.model], task)
             questions, answers = plan.questions[task.name][:limit], kept[arm.name, task.name]
-            await asking.collect(
-                backend, prompts, questions, plan.settings, answers, arm.num_steps, a.parallel, arm.name
-            )
+            try:
+                await asking.collect(
+                    backend, prompts, questions, plan.settings, answers, arm.num_steps, a.parallel, arm.name
+                )
+            except Rejected as error:  # the other tasks' questions are asked all the same
+                refused = refused or error
+        if refused:
+            raise refused
     return conditions.environment(info, a.backend)
 
 

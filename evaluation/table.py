@@ -88,10 +88,7 @@ def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
         reasons.append(f"Only {few} questions in at least one task: read the intervals, not the averages.")
     for line in lines:
         place = f"{line['arm']} on {line['task']}"
-        if not line["output_tokens"]:
-            reasons.append(f"{place}: every answer is empty; nothing was measured.")
-        elif line["position_rates"] is None:
-            reasons.append(f"{place}: the engine gave no histogram of accepted drafts; rates are unknown.")
+        reasons += [f"{place}: {reason}." for reason in metrics.unknowns(line)]
         lossless = line["lossless"]
         if not lossless or lossless["share"] in (None, 1.0):
             continue
@@ -139,16 +136,24 @@ def markdown(report: dict) -> str:
     ]
     if report["warnings"]:
         parts += ["**Be careful:**", "\n".join(f"- {text}" for text in report["warnings"])]
-    parts += [
-        "![speed-up by task](radar.png) ![accept length and speed by draft steps](steps.png) "
-        "![acceptance by position](acceptance.png)",
-        "## Detail",
-        grid(detail_head, details),
-    ]
+    parts += [" ".join(f"![{text}]({name})" for name, text in pictures(report).items())]
+    parts += ["## Detail", grid(detail_head, details)]
     if report["drift"]:
         changes = ", ".join(f"{titles[task]} {change:+.1%}" for task, change in report["drift"].items())
         parts.append(f"Baseline asked again at the end, change in tokens/s: {changes}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def pictures(report: dict) -> dict[str, str]:
+    """Names of the pictures that this table has something to show in, and what they show."""
+    arms = [name for name in report["arms"] if name != "baseline"]
+    names = {"radar.png": "speed-up by task"} if arms and _all_speedups(report, arms) else {}
+    both = {"steps.png": "accept length and speed by draft steps", "acceptance.png": "acceptance by position"}
+    return names | (both if arms else {})
+
+
+def _all_speedups(report: dict, arms: list[str]) -> bool:
+    return all(report["average"][name]["speedup"] for name in arms)
 
 
 def _short(cell: dict) -> str:

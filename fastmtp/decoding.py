@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmtp import files, markdown
-from fastmtp.chat import prompt_ids as chat_prompt_ids
 from fastmtp.checkpoint import head_folder
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
+from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.fingerprint import fingerprint, machine
 from fastmtp.inputs import read_jsonl, shipped
 from fastmtp.model import Model, check, head_for, load, put_head
@@ -75,23 +75,16 @@ def compare(
     return [row for _, row in read_jsonl(out)]
 
 
-def encode_prompts(tokenizer, prompts: list[dict], room: int, path: str) -> list[dict]:
-    """Each prompt with its `prompt_ids`. InputError for one that the model's chat template refuses, that has
-    no token or more than `room`.
+def encode_prompts(tokenizer, prompts: list[dict], answer: int, context: int, path: str) -> list[dict]:
+    """Each prompt with its `prompt_ids`. InputError for one that cannot be asked whole, or leaves no room for
+    an answer of `answer` tokens.
     """
     encoded = []
     for prompt in prompts:
-        place = f"{path}: prompt '{prompt['id']}'"
         try:
-            ids = chat_prompt_ids(tokenizer, prompt["messages"])
-        except Exception as error:  # the template is the model's own code, and refuses in its own words
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{place}: the model's chat template refuses it ({reason}); fix it") from None
-        if not 0 < len(ids) <= room:
-            raise InputError(
-                f"{place}: has {len(ids)} tokens, the model's context leaves {room}; shorten it or lower "
-                "--max-new-tokens"
-            )
+            ids = question_ids(tokenizer, prompt["messages"], answer, context)
+        except Refused as refusal:
+            raise InputError(f"{path}: prompt '{prompt['id']}': {refusal}; fix or remove it") from None
         encoded.append({**prompt, "prompt_ids": ids})
     return encoded
 
@@ -156,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)
     head = head_for(args.head, config) if args.head else None
     token_map = read_map(args, tokenizer, config.vocab_size)
-    room = config.max_position_embeddings - args.max_new_tokens
-    prompts = encode_prompts(tokenizer, prompts, room, args.prompts)
+    context = config.max_position_embeddings
+    prompts = encode_prompts(tokenizer, prompts, args.max_new_tokens, context, args.prompts)
     out = Path(args.out)
     files.claim(out)
 

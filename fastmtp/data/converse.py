@@ -26,7 +26,7 @@ async def converse(chat: Chat, servers: Servers) -> dict:
     retokenised = False
     for part in chat.parts:
         messages += part
-        ids = question_ids(servers.tokenizer, messages, chat.sampling, servers.context)
+        ids = question_ids(servers.tokenizer, messages, chat.sampling.max_new_tokens, servers.context)
         answer = await servers.ask(ids, messages, chat.sampling)
         text = servers.tokenizer.decode(answer.ids, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text, "token_ids": answer.ids})

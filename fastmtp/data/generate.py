@@ -43,7 +43,7 @@ def _first_length(model: Model, chat: Chat) -> int:
     """
     try:
         context = model.net.config.max_position_embeddings
-        return len(question_ids(model.tokenizer, chat.parts[0], chat.sampling, context))
+        return len(question_ids(model.tokenizer, chat.parts[0], chat.sampling.max_new_tokens, context))
     except Refused:
         return 0
 
@@ -112,7 +112,9 @@ def answer_batch(model: Model, chats: list[Chat], seed: int) -> tuple[list[dict]
         for chat in [chat for chat in left if turn < len(chat.parts)]:
             said[chat.key] += chat.parts[turn]
             try:
-                asked[chat.key] = question_ids(model.tokenizer, said[chat.key], sampling, context)
+                asked[chat.key] = question_ids(
+                    model.tokenizer, said[chat.key], sampling.max_new_tokens, context
+                )
             except Refused as refusal:
                 refused.append((chat, str(refusal)))
                 left.remove(chat)

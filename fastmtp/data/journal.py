@@ -121,7 +121,7 @@ class Journal:
         """Record a prompt that got no answer."""
         reason = reason.encode("utf-8", "replace").decode("utf-8")
         self.failed += 1
-        self.first_reason = self.first_reason or f"prompt '{chat.id}' {reason}"
+        self.first_reason = self.first_reason or f"prompt '{chat.id}': {reason}"
         messages = [message for part in chat.parts for message in part]
         row = {"id": chat.id, "source": chat.source, "lang": chat.lang, "messages": messages}
         self._append(self.failed_file, row | {"key": chat.key, "reason": reason})

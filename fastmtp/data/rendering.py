@@ -7,9 +7,10 @@ prompts, and none of it may change the question.
 
 from __future__ import annotations
 
-from fastmtp.chat import prompt_ids
+from fastmtp.chat import TemplateError, prompt_ids
 from fastmtp.cli import InputError
-from fastmtp.data.mixture import Sampling
+
+LONGEST_TOKEN = 256  # characters: a text with more than this per token of the context needs no counting
 
 
 class Refused(Exception):
@@ -29,19 +30,29 @@ def check_template(tokenizer, model: str) -> None:
         raise InputError(f"{model}: the tokenizer has no chat template; add one to tokenizer_config.json")
 
 
-def question_ids(tokenizer, messages: list[dict], sampling: Sampling, context: int) -> list[int]:
-    """Token ids of `messages` and the generation prompt. Raises Refused if there can be none."""
+def question_ids(tokenizer, messages: list[dict], answer: int, context: int | None) -> list[int]:
+    """Token ids of `messages` and the generation prompt.
+
+    Raises Refused if the template refuses them or leaves one out, or if an answer of `answer` tokens does not
+    fit behind them into the context (None: unknown).
+    """
+    size = sum(len(message["content"]) for message in messages)
+    if context and size > LONGEST_TOKEN * context:
+        raise Refused(f"has {size} characters, far more than the model's context of {context} tokens")
     try:
         ids = prompt_ids(tokenizer, messages)
         lost = _left_out(tokenizer, messages)
+    except TemplateError as error:
+        raise Refused(f"cannot be asked: {error}") from None
     except Exception as error:  # the template's own words, whatever kind of error it chose
-        raise Refused(f"is refused by the chat template: {_one_line(error)}") from None
+        raise Refused(f"cannot be asked: the chat template fails ({_one_line(error)})") from None
     if lost is not None:
         raise Refused(f"has a {messages[lost]['role']} message that the chat template leaves out")
-    room = context - sampling.max_new_tokens
-    if len(ids) > room:
-        reason = f"has {len(ids)} tokens, the model's context leaves {room}"
-        raise Refused(f"{reason}; shorten it or lower --max-new-tokens")
+    if not ids:
+        raise Refused("comes to no token in the chat template")
+    if context and len(ids) > context - answer:
+        room = f"context leaves {context - answer} beside an answer of {answer}"
+        raise Refused(f"has {len(ids)} tokens, the model's {room}")
     return ids
 
 
@@ -57,7 +68,8 @@ def _left_out(tokenizer, messages: list[dict]) -> int | None:
         content = message["content"].strip()
         if message["role"] == "assistant" or not content or content in text:
             continue
-        if render(plain[:number] + plain[number + 1 :]) == text:
+        other = message | {"content": f"{message['content']} 9x"}
+        if render([*plain[:number], other, *plain[number + 1 :]]) == text:
             return number
     return None
 

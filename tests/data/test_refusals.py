@@ -98,10 +98,14 @@ GOOD = [{"id": f"good {n}", "prompt": f"what is {n}?"} for n in range(3)]
 @pytest.mark.parametrize(
     "text, odd, reason",
     [
-        (NO_SYSTEM, chat("s:You are", "u:what"), "chat template: no system turn here"),
+        (
+            NO_SYSTEM,
+            chat("s:You are", "u:what"),
+            "cannot be asked: the chat template refuses this chat (no system turn here)",
+        ),
         (NO_SYSTEM, chat("u:one", "a:", "s:late", "u:two"), "no system turn here"),
-        (TURN_BY_TURN, chat("u:one", "u:two"), "chat template: roles must alternate"),
-        (BROKEN, chat("u:an x"), "refused by the chat template: "),
+        (TURN_BY_TURN, chat("u:one", "u:two"), "(roles must alternate"),
+        (BROKEN, chat("u:an x"), "cannot be asked: the chat template "),
         (DEAF, chat("s:Answer in verse", "u:what"), "a system message that the chat template leaves out"),
         (None, chat("u:one", "a:", "u:" + "long " * 400), "context leaves"),
     ],
@@ -121,7 +125,9 @@ def test_a_chat_that_the_model_cannot_be_asked_is_a_failure_of_its_own(place, wa
 def test_when_all_are_refused_the_run_fails_with_the_reason(place, way):
     template(NO_SYSTEM)
     ask(*(chat("s:You", f"u:{n}", name=f"q{n}") for n in range(4)))
-    with pytest.raises(InputError, match=r"'q\d' is refused .*no system turn here \(and 3 more failed\)"):
+    with pytest.raises(
+        InputError, match=r"'q\d': cannot be asked.*no system turn here\) \(and 3 more failed\)"
+    ):
         run(way)
     assert not Path("out.jsonl").exists() and len(rows_of("out.failed.jsonl")) == 4
 

@@ -160,7 +160,9 @@ def test_a_template_with_a_system_role_gets_a_system_turn(tokenizer):
     assert [m["role"] for m in messages] == ["system", "user"]
 
 
-@pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}", "{% for %}"])
+@pytest.mark.parametrize(
+    "template", [None, "{{ raise_exception('never') }}", "{% for %}", "hello", " ", "{{ 1/0 }}"]
+)
 def test_no_usable_template_is_one_line(template):
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = template
@@ -168,6 +170,53 @@ def test_no_usable_template_is_one_line(template):
         with pytest.raises(InputError, match="chat template") as caught:
             Prompts(tokenizer, TASKS[task])
         assert "\n" not in str(caught.value)
+
+
+def test_questions_are_measured_before_anything_is_asked():
+    tokenizer = chatml_tokenizer()
+    prompts = Prompts(tokenizer, TASKS["mt_bench"])
+    fine = [["Name a river.", "Now a lake."]]
+    prompts.check(fine, 512, "q.jsonl")
+    prompts.check([["the cat " * 400]], None, "q.jsonl")  # a context that nobody knows
+    for question in ("the cat " * 400, "x" * 200_000):
+        with pytest.raises(InputError, match=r"q.jsonl: question 2 has \d+ .*the model's context"):
+            prompts.check([*fine, [question]], 512, "q.jsonl")
+    tokenizer.chat_template = "{{ messages[0].content }}{% if messages|length > 2 %} more{% endif %}"
+    with pytest.raises(InputError, match="question 1 has a user message that the chat template leaves out"):
+        Prompts(tokenizer, TASKS["mt_bench"]).check([["Name it.", "Now."]], 512, "q.jsonl")
+
+
+def test_a_question_that_the_server_refuses_does_not_keep_the_others_from_being_asked(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with StandIn(fault=lambda n, _: "400" if n in (1, 4) else None) as server:  # the first is a warm-up
+        with pytest.raises(
+            BackendError, match="^1 of 4 questions of .* refused, the first .*HTTP 400"
+        ) as caught:
+            collect(server, tokenizer, path)
+    assert "\n" not in str(caught.value) and len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("passes", [1000, 60])
+def test_verify_passes_that_cannot_be_are_not_believed(passes, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.stand_in.accounting", lambda tokens, steps: (passes, [0] * (steps + 1)))
+    with StandIn(num_steps=3) as server, pytest.raises(BackendError, match=f"reports {passes} verify passes"):
+        collect(server, tokenizer, tmp_path / "a.jsonl", steps=3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"output_ids": ["a"]}, "no token ids"),
+        ({"output_ids": [-1]}, "no token ids"),
+        ({"output_ids": [1.5]}, "no token ids"),
+        ({"text": None}, "--skip-tokenizer-init"),
+    ],
+)
+def test_an_answer_that_is_no_tokens_or_no_text_is_refused(change, message):
+    meta = {"completion_tokens": 1, "finish_reason": {"type": "stop"}}
+    last = {"output_ids": [7], "text": "red", "meta_info": meta} | change
+    with pytest.raises(BackendError, match=message):
+        backends._turn(last, "http://x", 1, 0.1, 0.2, 0.0)
 
 
 def test_verify_passes_of_zero_beside_many_tokens_are_not_believed(tokenizer, tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def test_intervals_hold_the_estimate_narrow_with_questions_and_do_not_change():
     assert metrics.intervals(SPEC[:1], PLAIN) == {}
 
 
-@pytest.mark.parametrize("histogram", [[], [0, 0, 0, 0], [1, 0, 0]])
+@pytest.mark.parametrize("histogram", [[], [0, 0, 0, 0], [1, 0, 0], [0, 0, 0, 5]])
 def test_rates_that_the_engine_did_not_report_are_unknown_and_not_zero(histogram):
     """One answer without counts is enough: rates of the others would not be those of the task."""
     answers = [SPEC[0], answer("b", turn(9, 4, histogram))]
@@ -130,6 +130,13 @@ def test_rates_that_the_engine_did_not_report_are_unknown_and_not_zero(histogram
     made = line(answers)
     assert made["position_rates"] is None and made["accept_length"] == pytest.approx(22 / 10)
     assert metrics.position_rates(PLAIN, 0) == []
+
+
+def test_a_histogram_that_says_other_than_the_tokens_is_not_believed():
+    """All passes in the first place beside 2.5 tokens per pass: rates of zero would be made up."""
+    made = line([answer("a", turn(41, 16, [16]))])
+    assert made["position_rates"] is None and made["accept_length"] == pytest.approx(41 / 16)
+    assert metrics.position_rates([answer("a", turn(17, 16, [16]))], 3) == [0.0, 0.0, 0.0]
 
 
 def test_answers_without_a_token_are_neither_lossless_nor_a_number():

@@ -292,6 +292,12 @@ def test_without_a_baseline_there_are_no_claims(model, questions, monkeypatch, t
     ]
     assert "No baseline in this run" in (out / "table.md").read_text()
     assert (out / "steps.png").exists() and not (out / "radar.png").exists()
+    assert "steps.png" in (out / "table.md").read_text() and "radar.png" not in (out / "table.md").read_text()
+    (out / "mine.png").write_bytes(b"mine")
+    plain = ("--backend", "reference", "--arms", "baseline", "--tasks", "nq_qa")
+    run.main(arguments(model, questions, out, *plain))  # nothing is drawn, and nothing of another table stays
+    assert [path.name for path in out.glob("*.png")] == ["mine.png"]
+    assert ".png" not in (out / "table.md").read_text()
 
 
 def test_different_text_in_float32_is_called_out(model, questions, monkeypatch, tmp_path, capsys):
