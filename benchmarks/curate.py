@@ -62,7 +62,7 @@ def plant(
 
 
 def sample(name: str, source: str, prompt: str, answer: str) -> dict:
-    """A line as the distiller writes it; ids stand in for tokens, one a word or Chinese character."""
+    """A line as the distiller writes it; ids replace tokens, one per word or Chinese character."""
     ids = [zlib.crc32(w.encode()) % 49000 + 10 for w in (answer.split() if " " in answer else answer)] + [2]
     return {
         "id": name,
@@ -208,7 +208,7 @@ FRAMES = [  # of prompts that differ in an operator or a number alone: (text, op
 
 
 def filled(text: str, values: dict[str, str]) -> str:
-    """`text` with the numbers X and Y and the operator o, where it stands alone, put in."""
+    """`text` with the numbers X and Y and the operator o, if it is alone, put in."""
     return re.sub(r"X|Y|\bo\b|(?<=X)o(?=Y)", lambda match: values[match[0]], text)
 
 

@@ -41,7 +41,7 @@ def find_ranks() -> Path:
 
 
 def build(ranks: Path):
-    """A transformers Qwen2 tokenizer from a .tiktoken file; InputError where it does not hold Qwen2's 151,643
+    """A transformers Qwen2 tokenizer from a .tiktoken file; InputError if it does not hold Qwen2's 151,643
     ranks.
     """
     from transformers import AddedToken, Qwen2Tokenizer

@@ -145,7 +145,7 @@ def read_rates(source: str) -> Rates:
     """
     if source == "paper":
         return PAPER
-    found: dict[str | None, tuple[int, list[tuple[float, list[float]]]]] = {}
+    by_map: dict[str | None, tuple[int, list[tuple[float, list[float]]]]] = {}
     for number, row in read_jsonl(source):
         try:
             name, steps = row["arm"], row["num_steps"]
@@ -158,15 +158,15 @@ def read_rates(source: str) -> Rates:
         if not name.startswith("fastmtp:"):
             continue
         map_name = name.partition("+")[2] or None
-        longest = found.get(map_name, (0, []))
+        longest = by_map.get(map_name, (0, []))
         if steps > longest[0]:
             longest = (steps, [])
         if steps == longest[0]:
             longest[1].append((passes, rates))
-        found[map_name] = longest
-    if None not in found:
+        by_map[map_name] = longest
+    if None not in by_map:
         raise InputError(f"{source}: no fastmtp:K arm with the full head; run evaluation.run with one")
-    pooled = {name: _pooled(rows) for name, (_, rows) in found.items()}
+    pooled = {name: _pooled(rows) for name, (_, rows) in by_map.items()}
     full = pooled.pop(None)
     return Rates(full, full, pooled, Path(source).name)
 

@@ -62,14 +62,14 @@ def build(shape: dict, num_steps: int, device: str) -> MiMoForCausalLM:
 def make_documents(count: int, vocab_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """(ids, labels) of each document: lengths log-normal, the first quarter a prompt."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    found = []
+    rows = []
     for _ in range(count):
         length = max(32, min(4096, int(rng.lognormvariate(6.17, 0.9))))
         ids = torch.randint(0, vocab_size, (length,), generator=generator)
         labels = ids.clone()
         labels[: length // 4] = IGNORE
-        found.append((ids, labels))
-    return found
+        rows.append((ids, labels))
+    return rows
 
 
 def pack(documents: list[tuple[Tensor, Tensor]], length: int) -> list[dict[str, Tensor]]:
@@ -252,7 +252,7 @@ def table(config: dict, rows: list[dict]) -> str:
     lines += ["", f"Matrix rate, bfloat16, 8192 x 8192, in the same run: {rows[0]['matrix_tflops']} TFLOP/s."]
     if len(rows) == 2:
         speed = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
-        lines += [f"{rows[0]['impl']} over {rows[1]['impl']}: {speed:.2f} times the tokens a second."]
+        lines += [f"{rows[0]['impl']} over {rows[1]['impl']}: {speed:.2f} times the tokens per second."]
     return "\n".join(lines) + "\n"
 
 

@@ -49,7 +49,7 @@ class Passes:
 
 
 def flags(engine: Engine, num_steps: int) -> list[str]:
-    """For a server that is measured: vLLM refuses to count drafts where there are none."""
+    """For a server that is measured: vLLM refuses to count drafts if there are none."""
     return [*UNCACHED, *(COUNTED if num_steps and engine.release >= PER_REQUEST else [])]
 
 

@@ -33,7 +33,7 @@ def draw(report: dict, out: Path) -> list[Path]:
 
 
 def radar(report: dict, arms: list[str]):
-    """Speed-up by task, one outline an arm; with fewer than three tasks there is no outline, so bars."""
+    """Speed-up by task, one outline per arm; with fewer than three tasks there is no outline, so bars."""
     tasks = report["tasks"]
     speed = {name: [report["cells"][name][task]["speedup"] for task in tasks] for name in arms}
     names = [report["titles"][task] for task in tasks]

@@ -19,7 +19,7 @@ def output_tokens(answers: list[dict]) -> int:
 
 
 def verify_passes(answers: list[dict]) -> int:
-    """Verify passes; a decoder without speculation spends one pass a token."""
+    """Verify passes; a decoder without speculation spends one pass per token."""
     return sum(
         len(t["output_ids"]) if t["verify_passes"] is None else t["verify_passes"] for t in turns(answers)
     )

@@ -197,7 +197,7 @@ class Plan:
         self._check_arms()
 
     def _check_arms(self) -> None:
-        """A wrong folder, flag, map or chat template should not be found out after an hour."""
+        """A wrong folder, flag, map or chat template must not surface after an hour."""
         tokenizers = {}
         for arm in self.arms:
             if self.args.backend != "reference":

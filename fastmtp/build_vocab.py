@@ -115,7 +115,7 @@ def languages(counts: Counts, names: list[str]) -> list[str]:
         chosen += [n for n, tokens in seen.items() if n not in (*chosen, OTHER) and tokens >= enough]
     if not chosen:
         raise InputError(
-            f"all text to count ({seen[OTHER]} tokens) is in scripts that are not told apart; if it is in "
+            f"all text to count ({seen[OTHER]} tokens) is in scripts that we cannot tell apart; if it is in "
             "one language, name that: --lang NAME"
         )
     return chosen

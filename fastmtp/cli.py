@@ -95,7 +95,7 @@ def split_at_dashes(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
 
 
 def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """InputError for an argument in `names` below `least`; one that is None was not given."""
+    """InputError for an argument in `names` below `least`; None means that it was left out."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
@@ -212,8 +212,8 @@ def _module(name: str, module: str | None = None):
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "evaluation":
             raise
-        where = "run it from the checkout, or install the project there: pip install -e ."
-        raise InputError(f"fastmtp {name} needs the package evaluation; {where}") from None
+        cure = "run it from the checkout, or install the project there: pip install -e ."
+        raise InputError(f"fastmtp {name} needs the package evaluation; {cure}") from None
 
 
 def entry() -> NoReturn:

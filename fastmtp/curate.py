@@ -180,7 +180,9 @@ def parser() -> Parser:
         "--eval-share", type=float, help="share of the clean samples held out for eval.jsonl (default 0)"
     )
     p.add_argument("--seed", type=int, help="of the split and the mix (default 0)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
     return p
 
 

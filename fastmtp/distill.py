@@ -85,7 +85,7 @@ def parser() -> Parser:
     )
     add_sampling(p)
     p.add_argument(
-        "--seed", type=int, default=0, help="another one asks anew; servers draw by their own (default 0)"
+        "--seed", type=int, default=0, help="another one asks again; servers draw with their own (default 0)"
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="without --server")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="without servers")
@@ -115,16 +115,16 @@ class Questions:
     """What the arguments ask: `chats()` streams it, `keys` are its digests; making one checks every row."""
 
     def __init__(self, args):
-        given = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-        given = {name: value for name, value in given.items() if value is not None}
+        options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+        options = {name: value for name, value in options.items() if value is not None}
         data = load_yaml(args.data, DataConfig) if args.data else None
-        self.default = data.sampling.changed(given) if data else Sampling(**given)
+        self.default = data.sampling.changed(options) if data else Sampling(**options)
         self.default.check("--")
         self.sampling: dict[str, Sampling] = {}
         if data:
             data.check(args.data)
             data.sampling.check(f"{args.data}: sampling.")
-            self.sampling = {s.name: s.sampling.changed(given) for s in data.sources if s.sampling}
+            self.sampling = {s.name: s.sampling.changed(options) for s in data.sources if s.sampling}
         if args.sampling:
             self.sampling |= load_samplings(args.sampling, self.default)
         rows = listed_rows(data, args.data, args.seed) if data else file_rows(args.prompts, args.split)

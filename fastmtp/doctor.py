@@ -66,7 +66,7 @@ def parser() -> Parser:
     p.add_argument("folder", help="model folder, ours or another's")
     p.add_argument("--data", help="distilled samples: also measure the accept length to expect")
     p.add_argument("--limit", type=int, default=8, help="samples of --data to use (default 8)")
-    p.add_argument("--num-steps", type=int, default=3, help="drafts per pass K (default 3)")
+    p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle, K (default 3)")
     p.add_argument("--server", help="URL of a running server: does it serve this folder, and does it draft?")
     p.add_argument("--json", action="store_true", help="print JSON")
     return p

@@ -226,7 +226,7 @@ def growing(
             with atomic(partial) as temporary:
                 shutil.copyfile(path, temporary)
         elif before:
-            print(f"{path}: made anew, other than before: {'; '.join(changed)}", file=sys.stderr)
+            print(f"{path}: made again, because something changed: {'; '.join(changed)}", file=sys.stderr)
     done = _whole_rows(partial, key) if partial.exists() else {}
     if done:
         print(f"{path}: {len(done)} rows kept", file=sys.stderr)
@@ -257,7 +257,7 @@ def _whole_rows(partial: Path, key: str) -> dict[str, dict]:
 
 
 def python_path() -> str:
-    """PYTHONPATH for a process that must import this package, where it is not installed too."""
+    """PYTHONPATH for a process that must import this package, even if it is not installed."""
     return os.pathsep.join(
         [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

@@ -160,7 +160,7 @@ def _read(folder: Path) -> dict:
 
 
 def _remember(folder: Path, entries: dict[str, dict]) -> None:
-    """Keep the hashes of large files. A folder that cannot be written is hashed anew each time."""
+    """Keep the hashes of large files. A folder that cannot be written is hashed again each time."""
     large = {name: entry for name, entry in entries.items() if entry["stamp"][0] >= SMALL}
     known = _read(folder)
     if not large or all(known.get(name) == entry for name, entry in large.items()):

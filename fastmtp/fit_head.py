@@ -9,7 +9,7 @@ that input is best:
     minimise over W   sum over p of  |W [norm(h_p); norm(Emb(x_{p+1}))] - y_{p+1}|^2 / mean(y_{p+1}^2)
 
 y: what enters the last layer. One pass over the model's own answers and one linear system; no step is taken.
-Training goes on from there (export it into the base, give that folder as the recipe's `model`), at a low
+Training continues from there (export it into the base, give that folder as the recipe's `model`), at a low
 rate: in our one run 5e-4 undid it, 1.5e-4 did not.
 
     python -m fastmtp.fit_head --model models/qwen --data distilled.jsonl --out runs/qwen_start
@@ -99,7 +99,7 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, help="model folder, from fastmtp.prepare_model")
     p.add_argument(
-        "--data", required=True, help="distilled or curated samples; some 500 answers of the model itself"
+        "--data", required=True, help="distilled or curated samples; about 500 of the model's own answers"
     )
     p.add_argument("--limit", type=int, help="use only the first N samples")
     p.add_argument(

@@ -134,11 +134,11 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
     # everything that can be refused without the weights comes first
     trained = read_head(head) if head else None
     gguf = source.suffix == ".gguf"
-    where = {"pretrained_model_name_or_path": source.parent if gguf else source}
-    where |= {"gguf_file": source.name} if gguf else {}
+    source_arguments = {"pretrained_model_name_or_path": source.parent if gguf else source}
+    source_arguments |= {"gguf_file": source.name} if gguf else {}
     if not gguf:
         check_tied(check_weights(source), read_json(source / "config.json"), source)
-    config = _load(source, AutoConfig.from_pretrained, **where, trust_remote_code=False)
+    config = _load(source, AutoConfig.from_pretrained, **source_arguments, trust_remote_code=False)
     mimo = mimo_config(config).to_dict() | {"architectures": [ARCHITECTURE]}
     if trained:
         check_head(trained, mimo, head)
@@ -148,7 +148,7 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
     model, info = _load(
         source,
         AutoModelForCausalLM.from_pretrained,
-        **where,
+        **source_arguments,
         dtype=dtype_wanted,
         trust_remote_code=False,
         output_loading_info=True,

@@ -198,7 +198,7 @@ def perform(stage: Stage, facts: dict[str, object], log: dict, record: Path) -> 
         print(f"[{stage.name}] reused {made}", flush=True)
         return
     if entry and changed:
-        print(f"\n[{stage.name}] made anew: {'; '.join(changed)}", flush=True)
+        print(f"\n[{stage.name}] made again: {'; '.join(changed)}", flush=True)
     command = shlex.join(["python", "-m", f"fastmtp.{stage.module}", *stage.arguments])
     if changed:
         remove(made)

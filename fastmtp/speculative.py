@@ -214,7 +214,7 @@ def generate(
     """Decode one prompt with `num_steps` drafts per cycle; 0 is plain decoding, through the same code.
 
     Stops after a token of `eos_ids` (default: the model's) or at `max_new_tokens`. A DraftVocab as
-    `token_map` chooses the map anew before each cycle.
+    `token_map` chooses the map again before each cycle.
     """
     ends = model.eos_ids if eos_ids is None else eos_ids
     tokens, goal = list(prompt_ids), len(prompt_ids) + max_new_tokens

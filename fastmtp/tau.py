@@ -112,11 +112,11 @@ def walk(hits: Tensor) -> list[int]:
     """
     prefixes = hits.long().cumprod(1).sum(1).tolist()
     histogram = [0] * (hits.shape[1] + 1)
-    at, remaining = 0, hits.shape[0]
+    anchor, remaining = 0, hits.shape[0]
     while remaining > 0:
-        accepted = min(prefixes[at], remaining)
+        accepted = min(prefixes[anchor], remaining)
         histogram[accepted] += 1
-        at += accepted + 1
+        anchor += accepted + 1
         remaining -= accepted + 1
     return histogram
 

@@ -6,8 +6,8 @@ A recipe is an ms-swift YAML; the head's settings are its `model_kwargs` (modeli
 the link `best-checkpoint` keeps the best; `mtp_compile: true` compiles the layers. Overrides are flags of the
 same names. An unknown key is an error.
 
-The same command goes on where an earlier one stopped, at its last checkpoint. With another recipe, other data
-or another model it is refused; `--overwrite true` starts over.
+The same command continues from the last checkpoint of an earlier one. With another recipe, other data or
+another model it is refused; `--overwrite true` starts over.
 
     python -m fastmtp.train configs/mimo7b_k3.yaml --learning_rate 1e-4 --mtp_num_steps 5
     NPROC_PER_NODE=8 python -m fastmtp.train configs/mimo7b_k3.yaml

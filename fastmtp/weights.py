@@ -91,7 +91,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str | Path)
     """InputError naming the first tensor that holds an infinite value or a NaN."""
     for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{where}: {name} has values that are not finite; copy it again or train anew")
+            raise InputError(f"{where}: {name} has values that are not finite; copy it again or train again")
 
 
 def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -47,14 +47,14 @@ def tables(out: Path) -> list[Path]:
 
 def parts(result: dict, steps: str) -> dict[str, Acceptance]:
     """{source: counts} of one arm at one K, and "all"."""
-    found = {}
+    by_source = {}
     for source, row in result["tau"][steps].items():
         samples = [(tokens, passes) for tokens, passes in row["samples"]]
-        found[source] = Acceptance(sum(tokens for tokens, _ in samples), row["histogram"], samples)
+        by_source[source] = Acceptance(sum(tokens for tokens, _ in samples), row["histogram"], samples)
     total = Acceptance()
-    for part in found.values():
+    for part in by_source.values():
         total.merge(part)
-    return found | {"all": total}
+    return by_source | {"all": total}
 
 
 def at(result: dict, steps: str, results: list[dict]) -> dict:

@@ -28,7 +28,7 @@ from fastmtp.vocab.draft_vocab import read as read_vocab
 
 
 def possible(output_ids: list[int], allowed: Tensor | None, num_steps: int) -> Tensor:
-    """hits [n-1, K] of acceptance.walk for drafts that are right wherever `allowed` (ids; None: all) has the
+    """hits [n-1, K] of acceptance.walk for drafts that are right if `allowed` (ids; None: all) has the
     token.
     """
     ids = torch.tensor(output_ids)
@@ -39,14 +39,14 @@ def possible(output_ids: list[int], allowed: Tensor | None, num_steps: int) -> T
 def bound(vocab: DraftVocab, samples: list[dict], num_steps: int) -> dict[tuple[str, str, str], Acceptance]:
     """Results in acceptance's form: the whole head, each map, their union, and following."""
     maps = {FULL: None} | vocab.maps | {UNION: union(vocab.maps)}
-    found: dict[tuple[str, str, str], Acceptance] = defaultdict(Acceptance)
+    results: dict[tuple[str, str, str], Acceptance] = defaultdict(Acceptance)
     for sample in tqdm(samples, desc="bound", unit="sample"):
         prompt, output = sample["prompt_ids"], sample["output_ids"]
         hits = {name: possible(output, ids, num_steps) for name, ids in maps.items()}
         hits[AUTO] = followed(vocab, prompt, output, hits)
         for name, rows in hits.items():
-            found[sample.get("source", ""), sample.get("lang", ""), name].add(len(output), walk(rows))
-    return found
+            results[sample.get("source", ""), sample.get("lang", ""), name].add(len(output), walk(rows))
+    return results
 
 
 def parser() -> Parser:
@@ -60,7 +60,7 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", required=True, help="model or tokenizer folder")
     p.add_argument("--data", required=True, help="distilled samples")
     p.add_argument("--token-maps", required=True, metavar="EN=PATH,ZH=PATH")
-    p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle (default %(default)s)")
+    p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
     p.add_argument("--out", required=True, metavar="JSON")
     return p
 
@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     vocab = read_vocab(args.token_maps, AUTO, tokenizer, len(tokenizer))
     samples = read_samples(args.data, len(tokenizer))
     check_measurable(args.data, samples)
-    found = bound(vocab, samples, args.num_steps)
-    files.write_json(args.out, {"num_steps": args.num_steps, "rows": as_json(found, "always right")})
+    results = bound(vocab, samples, args.num_steps)
+    files.write_json(args.out, {"num_steps": args.num_steps, "rows": as_json(results, "always right")})
     files.write_provenance(args.out, vars(args), [args.data, *parse_maps(args.token_maps).values()])
-    print(table(found))
+    print(table(results))
 
 
 if __name__ == "__main__":

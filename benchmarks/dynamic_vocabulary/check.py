@@ -72,10 +72,10 @@ async def ask_everything(
     }
 
     async def all_ways(name: str) -> dict[str, list[Turn]]:
-        found = {}
+        answers = {}
         for way, (at_once, params) in (asked if name == "dynamic" else ways).items():
-            found[f"{name}, {way}"] = await ask_all(urls[name], prompts, tokens, at_once, params)
-        return found
+            answers[f"{name}, {way}"] = await ask_all(urls[name], prompts, tokens, at_once, params)
+        return answers
 
     parts = await asyncio.gather(*map(all_ways, urls))
     return {key: turns for part in parts for key, turns in part.items()}
@@ -153,7 +153,7 @@ def parser() -> Parser:
     p.add_argument("--prompts", required=True, nargs="+", help="one jsonl file a language")
     p.add_argument("--limit", type=int, default=8, help="prompts of each file (default %(default)s)")
     p.add_argument("--tokens", type=int, default=48, help="longest answer (default %(default)s)")
-    p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle (default %(default)s)")
+    p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
     p.add_argument("--tp", type=int, default=1, help="GPUs to split each model over (default %(default)s)")
     p.add_argument("--port", type=int, default=30300, help="the first of three (default %(default)s)")
     p.add_argument("--out", required=True, metavar="FOLDER")

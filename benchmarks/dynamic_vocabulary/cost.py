@@ -7,7 +7,7 @@ lengths given.
 
 First, without a server: the time of a switch, and of the draft's output head inside a CUDA graph that a
 switch must reach. Then SGLang with dummy weights: the whole head, static maps (SGLang's own), and the
-following vocabulary, asked in one language and in two by turns. `--taus` (python -m fastmtp.acceptance
+following vocabulary, asked in one language and in two in turn. `--taus` (python -m fastmtp.acceptance
 --token-maps ... --out FILE) adds what
 counts: tokens per second of each choice for each language.
 """
@@ -87,7 +87,7 @@ async def stream(url: str, arm: Arm, langs: list[str], tokens: int) -> list[Turn
 
 
 def record(name: str, turns: list[Turn]) -> dict:
-    """ms a cycle without prefill, tokens/s of whole requests, and their spread."""
+    """ms per cycle without prefill, tokens/s of whole requests, and their spread."""
     tokens = sum(len(t.output_ids) - t.first_tokens for t in turns)
     seconds = sum(t.latency_s - t.first_s for t in turns)
     cycles = sum(t.verify_passes for t in turns)
@@ -103,7 +103,7 @@ def record(name: str, turns: list[Turn]) -> dict:
 
 
 async def measure(url: str, arm: Arm, requests: int, tokens: int) -> list[dict]:
-    """The arm's rows: one language, and for `auto` two by turns as well, in blocks that alternate."""
+    """The arm's rows: one language, and for `auto` two in turn as well, in blocks that alternate."""
     await stream(url, arm, list(LANGS), 64)
     one, two = ["en"] * requests, [LANGS[i % 2] for i in range(requests)]
     if arm.kind != "auto":
@@ -112,7 +112,7 @@ async def measure(url: str, arm: Arm, requests: int, tokens: int) -> list[dict]:
     for _ in range(2):
         same += await stream(url, arm, one, tokens)
         both += await stream(url, arm, two, tokens)
-    return [record(arm.name, same), record(f"{arm.name}, languages by turns", both)]
+    return [record(arm.name, same), record(f"{arm.name}, languages in turn", both)]
 
 
 def switches_in(log: Path) -> int | None:
@@ -140,14 +140,16 @@ def parser() -> Parser:
         default="30301,52926",
         help="rows of the languages' maps together, for each size (default: Qwen2's en and zh)",
     )
-    p.add_argument("--num-steps", type=int, default=3, help="drafts a cycle (default %(default)s)")
+    p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
     p.add_argument("--tau", type=float, default=2.4, help="accept length to simulate (default %(default)s)")
     p.add_argument(
-        "--taus", metavar="16k=FILE,32k=FILE", help="accept lengths from fastmtp.acceptance, one file a size"
+        "--taus",
+        metavar="16k=FILE,32k=FILE",
+        help="accept lengths from fastmtp.acceptance, one file per size",
     )
     p.add_argument("--kernels", action="store_true", help="no servers: only the switch and the head")
-    p.add_argument("--requests", type=int, default=8, help="answers a block (default %(default)s)")
-    p.add_argument("--tokens", type=int, default=256, help="tokens an answer (default %(default)s)")
+    p.add_argument("--requests", type=int, default=8, help="answers per block (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=256, help="tokens per answer (default %(default)s)")
     p.add_argument(
         "--at-once", type=int, default=1, help="servers started side by side (default %(default)s)"
     )

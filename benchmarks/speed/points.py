@@ -43,7 +43,7 @@ class Variant:
 
 def parse_variants(items: list[str]) -> list[Variant]:
     """`NAME[:BASE]=[VARIABLE=VALUE ...] [SGLang flags]` each. Raises InputError for another form."""
-    found = []
+    variants = []
     for item in items:
         match = re.fullmatch(r"(\w[\w-]*)(?::(\w[\w-]*))?=(.*)", item, re.DOTALL)
         if not match:
@@ -51,16 +51,16 @@ def parse_variants(items: list[str]) -> list[Variant]:
                 f"--variant {item}: expected NAME=FLAGS, for example 'fa3=--attention-backend fa3'"
             )
         name, base, rest = match.groups()
-        if base and base not in {v.name for v in found if not v.base}:
+        if base and base not in {v.name for v in variants if not v.base}:
             raise InputError(
-                f"--variant {item}: no variant {base} with plain decoding of its own stands before it"
+                f"--variant {item}: no variant {base} with plain decoding of its own before it; list it first"
             )
         words = shlex.split(rest)
         first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
         pairs = [word.partition("=") for word in words[:first]]
         if not all(sign for _, sign, _ in pairs):
-            raise InputError(f"--variant {item}: before the flags only VARIABLE=VALUE may stand")
-        found.append(
+            raise InputError(f"--variant {item}: only VARIABLE=VALUE may come before the flags")
+        variants.append(
             Variant(
                 name,
                 base or "",
@@ -68,10 +68,10 @@ def parse_variants(items: list[str]) -> list[Variant]:
                 {key: value for key, _, value in pairs},
             )
         )
-    doubled = {v.name for v in found if sum(w.name == v.name for w in found) > 1}
+    doubled = {v.name for v in variants if sum(w.name == v.name for w in variants) > 1}
     if doubled:
         raise InputError(f"--variant: {', '.join(sorted(doubled))} is named twice")
-    return found or [Variant()]
+    return variants or [Variant()]
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def points(
     Raises InputError for what cannot be measured.
     """
     try:
-        wanted = [int(step) for step in steps.split(",")]
+        step_counts = [int(step) for step in steps.split(",")]
     except ValueError:
         raise InputError(f"--steps {steps}: expected whole numbers such as 1,2,3") from None
-    if min(wanted) < 1:
+    if min(step_counts) < 1:
         raise InputError(f"--steps {steps}: plain decoding is measured anyway; give numbers from 1")
     sizes = []
     for name in maps.split(","):
@@ -140,13 +140,15 @@ def points(
         if rows > shape["vocab_size"]:
             raise InputError(f"--maps {name}: larger than the vocabulary of {shape['vocab_size']}")
         sizes.append((map_name, rows))
-    found = []
+    result = []
     for variant in variants:
         plain = [] if variant.base else [Point(0, None, shape["vocab_size"], 1.0, variant)]
-        found += plain
-        found += [Point(k, name, rows, rates.tau(k, name), variant) for name, rows in sizes for k in wanted]
-        found += [replace(point, repeat=True) for point in plain if repeat]
-    return found
+        result += plain
+        result += [
+            Point(k, name, rows, rates.tau(k, name), variant) for name, rows in sizes for k in step_counts
+        ]
+        result += [replace(point, repeat=True) for point in plain if repeat]
+    return result
 
 
 def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str]:

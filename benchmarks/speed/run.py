@@ -1,4 +1,4 @@
-"""Speed at a shape whose weights are not at hand: dummy weights, SGLang's simulated accept length, one
+"""Speed at a shape whose weights are not available: dummy weights, SGLang's simulated accept length, one
 stream.
 
     python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3 --maps full,32k --rates paper \\
@@ -91,7 +91,7 @@ async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) ->
 
 
 def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, bandwidth: float) -> dict:
-    """One measured point: tokens/s and ms a cycle without prefill, and the share of the bandwidth bound.
+    """One measured point: tokens/s and ms per cycle without prefill, and the share of the bandwidth bound.
 
     bandwidth: bytes/s. The bound takes the same accept length; only the time of a cycle is compared.
     """
@@ -124,7 +124,7 @@ def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, ban
 def parser() -> Parser:
     p = Parser(
         "python -m benchmarks.speed.run",
-        "Tokens/s, ms a cycle and speed-up at a shape with dummy weights, for K and maps. Flags after -- "
+        "Tokens/s, ms per cycle and speed-up at a shape with dummy weights, for K and maps. Flags after -- "
         "go to SGLang.",
         "python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3,4,5,6,7 --maps full,8k,16k,32k,64k"
         " --out results/speed_7b",
@@ -156,8 +156,8 @@ def parser() -> Parser:
     p.add_argument(
         "--at-once", type=int, default=1, help="servers started side by side (default %(default)s)"
     )
-    p.add_argument("--requests", type=int, default=5, help="answers a point (default %(default)s)")
-    p.add_argument("--tokens", type=int, default=512, help="tokens an answer (default %(default)s)")
+    p.add_argument("--requests", type=int, default=5, help="answers per point (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=512, help="tokens per answer (default %(default)s)")
     p.add_argument("--prompt-tokens", type=int, default=64)
     p.add_argument(
         "--profile", action="store_true", help="also trace each point and say where its cycle's time goes"
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     claim(out, folder=True)
     shapes.write_folder(shape, out / "model")
-    for n, point in enumerate(todo):  # a flag that cannot be should not be found out after an hour
+    for n, point in enumerate(todo):  # an impossible flag must not surface after an hour
         command(point, out / "model", args.port + n % args.at_once, flags)
     facts = {"gpu": gpu_name(), "sglang": version, "rates": args.rates, "shape": args.shape}
     facts["assumed"] = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
@@ -303,7 +303,7 @@ def measure_point(url: str, point: Point, args, bandwidth: float, out: Path) -> 
             tqdm.write(f"{point.name}: no profile: {error}", file=sys.stderr)
             return row
         row["profile"] = found
-        text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms a cycle\n"
+        text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms per cycle\n"
         (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
     return row
 

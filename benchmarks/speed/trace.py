@@ -25,8 +25,8 @@ def summarise(events: list[dict], top: int = 20) -> dict:
     only.
 
     A cycle goes from one start of the longest graph to the next; what lies outside whole cycles is left out.
-    `stages`: (what, kernels a cycle, ms a cycle) in the order of a cycle; `kernels`: the `top` (stage, name,
-    times a cycle, ms a cycle) by time. Raises ValueError where the trace holds no two launches of one graph.
+    `stages`: (what, kernels per cycle, ms per cycle) in the order of a cycle; `kernels`: the `top` (stage,
+    name, times per cycle, ms per cycle) by time. Raises ValueError if no graph was launched twice.
     """
     work = [
         e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and e.get("ph") == "X"
@@ -56,10 +56,10 @@ def summarise(events: list[dict], top: int = 20) -> dict:
             _add(stages, f"idle {place}", event["ts"] - reached, 0)
         if label:
             stage, launch = label, correlation
-        where = stage if label else f"outside graphs, after {stage}"
-        _add(stages, where, event["dur"], 1)
-        names[where, event["name"]] += event["dur"]
-        times[where, event["name"]] += 1
+        place = stage if label else f"outside graphs, after {stage}"
+        _add(stages, place, event["dur"], 1)
+        names[place, event["name"]] += event["dur"]
+        times[place, event["name"]] += 1
         reached = max(reached, event["ts"] + event["dur"])
     if end > reached:
         _add(stages, f"idle after {stage}", end - reached, 0)

@@ -108,10 +108,10 @@ def wrong_language(text: str, lang: str) -> bool:
     is enough.
     """
     prose = CODE_LINE.sub(" ", CODE.sub(" ", text))
-    found = words(prose)
-    if len(found) < 20 or detect(prose) == lang:
+    prose_words = words(prose)
+    if len(prose_words) < 20 or detect(prose) == lang:
         return False
-    return sum(detect(word) == lang for word in found) < len(found) / 5
+    return sum(detect(word) == lang for word in prose_words) < len(prose_words) / 5
 
 
 def repetition(answer: str, config: CleanConfig) -> str | None:

@@ -105,16 +105,16 @@ def near_duplicates(
 
     `samples` and `prompts` are signatures, (N, PERMUTATIONS) uint32; `letters` and `keys` are digests of the
     prompts' words and of all their units, (N,). Returns three (N,) arrays: `twin` int64,
-    the kept sample that this one nearly repeats, -1 where it stays; `similarity` float64 to that twin;
+    the kept sample that this one nearly repeats, -1 if it stays; `similarity` float64 to that twin;
     `close` bool, kept samples with a kept neighbour inside the split margin.
     """
-    found = [(*similar_pairs(samples, config.threshold - config.split_margin), config.threshold)]
+    candidates = [(*similar_pairs(samples, config.threshold - config.split_margin), config.threshold)]
     if config.prompt_threshold is not None:
-        found.append(
+        candidates.append(
             (*similar_pairs(prompts, config.prompt_threshold - config.split_margin), config.prompt_threshold)
         )
-    i, j, score = (np.concatenate([pairs[k] for pairs in found]) for k in range(3))
-    enough = np.concatenate([pairs[2] >= pairs[3] for pairs in found])
+    i, j, score = (np.concatenate([pairs[k] for pairs in candidates]) for k in range(3))
+    enough = np.concatenate([pairs[2] >= pairs[3] for pairs in candidates])
     if letters is not None:  # the same words with other numbers or operators: another question
         enough &= (letters[i] != letters[j]) | (keys[i] == keys[j])
     twin = np.full(len(samples), -1, dtype=np.int64)

@@ -82,7 +82,7 @@ def throughput_flags(
 
 
 def cache_tokens(model: str, requests: int, width: int, share: float) -> int:
-    """Tokens of key/value cache (`width` bytes a number) that fit beside the weights in `share` bytes of
+    """Tokens of key/value cache (`width` bytes per number) that fit beside the weights in `share` bytes of
     memory.
 
     Raises InputError where next to none do.

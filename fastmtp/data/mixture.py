@@ -57,7 +57,7 @@ class Source:
     hub_config: str | None = None
     split: str = "train"
     prompt: str | None = None  # column with the user's text, or ...
-    extra: str | None = None  # (column appended to it after an empty line, where it is not empty)
+    extra: str | None = None  # (column appended to it after an empty line, if it is not empty)
     messages: str | None = None  # ... column with a list of {"role", "content"} turns
     response: str | None = None  # column with the source's own answer, for training on it instead
     only: dict[str, list[str]] = field(

@@ -1,4 +1,4 @@
-"""What is to be asked, read row by row: jsonl files or a data set list (`configs/data/*.yaml`) -> Chat.
+"""What to ask, read row by row: jsonl files or a data set list (`configs/data/*.yaml`) -> Chat.
 
 Nothing is held but a digest per prompt, so a list may be larger than memory. Every row is checked on a first
 pass, before anything is asked: a broken line is an error at the start, not after hours.

@@ -51,7 +51,7 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def with_base(recipe: dict, path: str | Path) -> dict:
-    """A recipe that stands in the file `path`, over the one that its key `base` names."""
+    """A recipe that is read from the file `path`, over the one that its key `base` names."""
     recipe = dict(recipe)
     base = recipe.pop("base", None)
     if base is None:

@@ -104,8 +104,8 @@ def training_row(sample: dict, place: str) -> tuple[list[dict], list[tuple[str, 
             answers.append((message["content"], ids))
             row.append({"role": "assistant", "content": {"token_ids": ids}})
         else:
-            given = {"loss": False} if message["role"] == "assistant" else {}
-            row.append({"role": message["role"], "content": message["content"]} | given)
+            extra = {"loss": False} if message["role"] == "assistant" else {}
+            row.append({"role": message["role"], "content": message["content"]} | extra)
     return row, answers
 
 

@@ -1,7 +1,7 @@
-"""A run that may be interrupted: what it depends on, where it stopped, and whether it may go on there.
+"""A run that may be interrupted: what it depends on, where it stopped, and whether it may continue there.
 
 `training.json` in output_dir says from the start what the run depends on (a fingerprint by content), and each
-checkpoint holds a copy. The same command goes on from the last whole checkpoint. A checkpoint of another
+checkpoint holds a copy. The same command continues from the last whole checkpoint. A checkpoint of another
 recipe, other data or another model is refused, with the difference by name. Files of others stay untouched.
 """
 
@@ -80,7 +80,7 @@ def begin(recipe: dict, overwrite: bool) -> Start:
     output, now = Path(recipe["output_dir"]), depends_on(recipe)
     explicit = recipe.get("resume_from_checkpoint")
     if explicit and overwrite:
-        raise InputError("--overwrite starts over and --resume_from_checkpoint goes on; give one of them")
+        raise InputError("--overwrite starts over and --resume_from_checkpoint continues; give one of them")
     check_ours(output)
     if int(os.environ.get("NODE_RANK") or 0) == 0:  # the other nodes of a run look and leave it alone
         files.claim(output, folder=True)
@@ -126,8 +126,10 @@ def check_same(output: Path, now: dict) -> None:
 
 def checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders, the first step first."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=step_of)
+    checkpoints = [
+        p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()
+    ]
+    return sorted(checkpoints, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

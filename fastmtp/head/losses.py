@@ -104,13 +104,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if hidden.requires_grad else None
         for part in chunks(hidden, weight):
             logits = F.linear(hidden[part].to(weight.dtype), weight)
-            wanted = targets[part, None]
+            target = targets[part, None]
             normaliser, _ = normalise(logits)
-            chance = logits.gather(1, wanted).squeeze(1).float() - normaliser
+            chance = logits.gather(1, target).squeeze(1).float() - normaliser
             losses[part] = -chance
             if grad is not None:
                 residual = scaled_softmax(logits, normaliser, torch.ones_like(normaliser))
-                residual.scatter_(1, wanted, chance.expm1()[:, None].to(residual.dtype))
+                residual.scatter_(1, target, chance.expm1()[:, None].to(residual.dtype))
                 grad[part] = (residual @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
         return losses
@@ -197,7 +197,7 @@ class _Answers:
             self.ids, self.probs = likeliest(states, weight, objective.top_k)
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(ids [N, k], probabilities [N, k]) of the backbone at flat positions [N]; None where one id has it
+        """(ids [N, k], probabilities [N, k]) of the backbone at flat positions [N]; None if one id has it
         all.
         """
         rows = self.row[places]

@@ -2,7 +2,7 @@
 softmax in place.
 
 In plain torch the same takes a float32 copy of the logits and about ten passes, which at a vocabulary of
-150,000 costs as much as the product that made them. Plain torch does it where there is no GPU.
+150,000 costs as much as the product that made them. Without a GPU, plain torch does it.
 """
 
 from __future__ import annotations

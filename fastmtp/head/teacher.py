@@ -96,15 +96,15 @@ class _SoftCrossEntropy(torch.autograd.Function):
         for part in chunks(hidden, weight):
             logits = F.linear(hidden[part].to(weight.dtype), weight)
             normaliser, drafts[part] = normalise(logits)
-            wanted = ids[part]
-            shares = (logits.gather(1, wanted).float() - normaliser[:, None]).exp()
+            part_ids = ids[part]
+            shares = (logits.gather(1, part_ids).float() - normaliser[:, None]).exp()
             p, q = with_tail(probs[part], 0.0), with_tail(shares.clamp(min=TINY), TAIL)
             losses[part], slopes = divergence(p, q, lk)
             if grad is not None:
                 pulls = (q * slopes).to(weight.dtype)
                 # the tail's slope for all, then the top k's own
                 residual = scaled_softmax(logits, normaliser, slopes[:, -1].contiguous())
-                residual.scatter_(1, wanted, pulls[:, : wanted.shape[1]])
+                residual.scatter_(1, part_ids, pulls[:, : part_ids.shape[1]])
                 grad[part] = (residual @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(drafts)

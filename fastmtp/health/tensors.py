@@ -60,7 +60,7 @@ def tensors(folder: Folder) -> Iterator[Line]:
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()
     ]
     if broken:
-        cure = "copy the file again or train anew"
+        cure = "copy the file again or train again"
         yield Line("values", ERROR, f"NaN or infinity in {some(broken)}", cure)
     else:
         yield Line("values", OK, "all finite")

@@ -37,7 +37,7 @@ def tokenizer(folder: Folder) -> Iterator[Line]:
 
 
 def _told(folder: Folder) -> set:
-    """End ids that the configuration files name; generation_config.json wins where it has some."""
+    """End ids that the configuration files name; generation_config.json wins if it has some."""
     path = folder.path / "generation_config.json"
     value = (read_json(path) if path.is_file() else {}).get("eos_token_id")
     value = folder.config.get("eos_token_id") if value is None else value

@@ -130,7 +130,7 @@ class Record:
 
 
 def wrap_worker() -> None:
-    """Let the draft worker choose the map before each of its phases; once a process."""
+    """Let the draft worker choose the map before each of its phases; once per process."""
     from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
     if hasattr(EagleDraftWorker, "fastmtp_wrapped"):

@@ -60,14 +60,14 @@ class MiMoMTP(StockMiMoMTP):
 
     def taking_rows(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         """Pass the folder's tensors on, and copy the map's rows of the output matrix on the way."""
-        found = ""
+        matrix = ""
         for name, weight in weights:
             # A folder whose matrices are tied may hold the embedding alone.
-            if name == "lm_head.weight" or (name == "model.embed_tokens.weight" and not found):
+            if name == "lm_head.weight" or (name == "model.embed_tokens.weight" and not matrix):
                 self.rows.copy_(weight[self.ids.to(weight.device)])
-                found = name
+                matrix = name
             yield name, weight
-        if not found:
+        if not matrix:
             raise ValueError("the folder holds neither lm_head.weight nor model.embed_tokens.weight")
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:

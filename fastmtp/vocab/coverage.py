@@ -23,7 +23,7 @@ def coverage(ids: np.ndarray, counted: np.ndarray) -> float | None:
 def left_out(counts: Counts, langs: list[str]) -> str | None:
     """One line about text for which no map was made; None if there is none."""
     rest = {lang: int(table.sum()) for lang, table in counts.tables.items() if lang not in langs}
-    about = {OTHER: " in scripts that are not told apart"}
+    about = {OTHER: " in scripts that we cannot tell apart"}
     parts = [f"{lang} {tokens} tokens{about.get(lang, '')}" for lang, tokens in rest.items() if tokens]
     return f"left out, no map made: {', '.join(parts)}" if parts else None
 

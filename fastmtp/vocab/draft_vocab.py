@@ -63,8 +63,8 @@ class DraftVocab:
 
     def together(self, names: Iterable[str]) -> str:
         """The map of a batch whose requests want `names`."""
-        wanted = set(names)
-        return wanted.pop() if len(wanted) == 1 else MIXED
+        needed = set(names)
+        return needed.pop() if len(needed) == 1 else MIXED
 
     def save(self, path: Path) -> None:
         """One file with all that the server needs; `load` reads it."""
@@ -79,9 +79,9 @@ class DraftVocab:
     @classmethod
     def load(cls, path: str | Path) -> DraftVocab:
         """What `save` wrote."""
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        scripts = ScriptTable(found["scripts"]["kind"].numpy(), found["scripts"]["weight"].numpy())
-        return cls(found["maps"], found["policy"], scripts)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        scripts = ScriptTable(saved["scripts"]["kind"].numpy(), saved["scripts"]["weight"].numpy())
+        return cls(saved["maps"], saved["policy"], scripts)
 
 
 class Follower:
@@ -126,9 +126,9 @@ def mix(maps: Sequence[Tensor], size: int) -> Tensor:
 
     Maps keep no ranks; ids of byte-pair tokenizers are ranks, of the text that the tokenizer was trained on.
     """
-    found, counts = torch.cat(list(maps)).unique(return_counts=True)
-    shared = found[counts == len(maps)].tolist()
-    own = [m[~torch.isin(m, found[counts == len(maps)])].tolist() for m in maps]
+    ids, counts = torch.cat(list(maps)).unique(return_counts=True)
+    shared = ids[counts == len(maps)].tolist()
+    own = [m[~torch.isin(m, ids[counts == len(maps)])].tolist() for m in maps]
     turns = [i for turn in zip_longest(*own) for i in turn if i is not None]
     return torch.tensor(list(dict.fromkeys(shared + turns))[:size], dtype=torch.int64).sort().values
 
@@ -140,17 +140,17 @@ def union(maps: dict[str, Tensor]) -> Tensor:
 
 def parse_maps(text: str) -> dict[str, str]:
     """'en=a.pt,zh=b.pt' -> {'en': 'a.pt', 'zh': 'b.pt'}. Raises InputError."""
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for part in text.split(","):
         name, equals, path = part.partition("=")
-        if not (equals and path and name.isidentifier()) or name in found or name == UNION:
+        if not (equals and path and name.isidentifier()) or name in paths or name == UNION:
             raise InputError(
                 f"--token-maps {part}: expected NAME=PATH pairs with a comma between, each name once"
             )
-        found[name] = shipped(path)
-    if not found.keys() - {MIXED}:
+        paths[name] = shipped(path)
+    if not paths.keys() - {MIXED}:
         raise InputError("--token-maps: give at least one language's map, such as en=vocab/qwen2/en_32k.pt")
-    return found
+    return paths
 
 
 def read(text: str, policy: str, tokenizer, vocab_size: int) -> DraftVocab:

@@ -218,5 +218,5 @@ def test_a_dead_arm_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     assert [row["name"] for rows in kept.values() for row in rows] == [
         "full",
         "auto 64",
-        "auto 64, languages by turns",
+        "auto 64, languages in turn",
     ]

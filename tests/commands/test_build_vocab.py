@@ -393,7 +393,7 @@ def test_scripts_that_are_not_known_are_left_out_and_counted(folder, tokenizer, 
     run(folder, "--input", path, "--held-out", "0", out=tmp_path / "o")
     tokens = 5 * len(tokenizer(UNKNOWN[name])["input_ids"])
     said = capsys.readouterr().out
-    assert f"left out, no map made: other {tokens} tokens in scripts that are not told apart" in said
+    assert f"left out, no map made: other {tokens} tokens in scripts that we cannot tell apart" in said
     run(folder, "--input", write(tmp_path / "y.jsonl", known), "--held-out", "0", out=tmp_path / "p")
     assert (tmp_path / "o" / "en_300.pt").read_bytes() == (tmp_path / "p" / "en_300.pt").read_bytes()
     assert not [*(tmp_path / "o").glob("other*")] and not [*(tmp_path / "o").glob("union*")]

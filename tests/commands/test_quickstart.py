@@ -52,9 +52,9 @@ def test_a_finished_stage_is_reused_until_something_it_depends_on_changes(calls,
     run_stage(stage)
     assert len(calls.arguments) == 1 and "reused out.jsonl" in capsys.readouterr().out
     run_stage(stage, code="other")
-    assert len(calls.arguments) == 2 and "made anew: code:" in capsys.readouterr().out
+    assert len(calls.arguments) == 2 and "made again: code:" in capsys.readouterr().out
     run_stage(stage, gpu="NVIDIA H100")
-    assert len(calls.arguments) == 3 and "made anew:" in capsys.readouterr().out
+    assert len(calls.arguments) == 3 and "made again:" in capsys.readouterr().out
     run_stage(stage)
     Path("in.jsonl").write_text("[]")  # the same name, the same size
     run_stage(stage)

@@ -3,7 +3,7 @@
     pip download sglang==0.5.23 --no-deps; unzip sglang-*.whl 'sglang/srt/*' -d sources
     python tests/sglang_ext/pin.py sources/sglang > tests/sglang_ext/sglang_0.5.23.json
 
-Signatures of what is overridden or wrapped, texts that must stand in a class or file, and all flags.
+Signatures of what is overridden or wrapped, texts that must occur in a class or file, and all flags.
 """
 
 import ast
