@@ -15,7 +15,8 @@ from dataclasses import asdict
 
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.health.folder import ERROR, Folder, Line
-from fastmtp.health.serving import engines, expected, server
+from fastmtp.health.running import server
+from fastmtp.health.serving import engines, expected
 from fastmtp.health.tensors import architecture, biases, head, output_matrix, quantisation, tensors
 from fastmtp.health.tokens import tokenizer
 from fastmtp.inputs import existing, read_json
@@ -64,7 +65,10 @@ def parser() -> Parser:
         "python -m fastmtp.doctor models/smollm2-fastmtp --data data/heldout.jsonl",
     )
     p.add_argument("folder", help="model folder, ours or another's")
-    p.add_argument("--data", help="distilled samples: also measure the accept length to expect")
+    p.add_argument(
+        "--data",
+        help="distilled samples: also measure the accept length, with both states that a head may expect",
+    )
     p.add_argument("--limit", type=int, default=8, help="samples of --data to use (default 8)")
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle, K (default 3)")
     p.add_argument("--server", help="URL of a running server: does it serve this folder, and does it draft?")

@@ -1,18 +1,16 @@
-"""Engines that take a folder, the accept length to expect, and what a running server says."""
+"""Engines that take a folder, the accept length to expect, and the state that the head was trained on."""
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 from fastmtp.checkpoint import CODE, CONTRACT_KEY, is_post_norm
 from fastmtp.data.samples import read_samples
 from fastmtp.engines.sglang import check_model
-from fastmtp.fingerprint import content
+from fastmtp.head.modeling_mimo import HIDDEN
 from fastmtp.health.folder import ERROR, OK, WARNING, Folder, Line
 from fastmtp.model import load
+from fastmtp.tau import Acceptance, bootstrap, bounds
 from fastmtp.teacher_forced import measure, pooled
 from fastmtp.tokenizer import load_tokenizer
 
@@ -24,17 +22,18 @@ def engines(folder: Folder) -> Iterator[Line]:
     heads, groups = (folder.config.get(f"num_{kind}_heads", 1) for kind in ("attention", "key_value"))
     sizes = [n for n in (1, 2, 4, 8) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
     contract = folder.config.get(CONTRACT_KEY)
-    pre_norm = isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm"
-    if pre_norm:
+    before = isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm"
+    if before:
         text = "hands over the state after the final norm; this head was trained on the one before it"
         yield Line(
             "SGLang", ERROR, text, "serve it with --engine vllm, or train it with mtp_hidden post_norm"
         )
+        yield Line("vLLM", OK, "takes it as it is: its MiMo hands over the state before the final norm")
     else:
         yield Line("SGLang", OK, f"takes it; tensor parallel sizes {', '.join(map(str, sizes))}")
-    if pre_norm or is_post_norm(folder.config):
+    if is_post_norm(folder.config):
         yield Line("vLLM", OK, "takes it with FastMTP's plugin (pip install -e . beside vLLM)")
-    else:
+    elif not before:
         text = "its MiMo hands the head the state before the final norm; fewer drafts may be accepted"
         yield Line("vLLM", WARNING, text, "export the head with fastmtp.export if FastMTP trained it")
     absent = [path.name for path in CODE if not (folder.path / path.name).is_file()]
@@ -43,50 +42,38 @@ def engines(folder: Folder) -> Iterator[Line]:
 
 
 def expected(folder: Folder, data: str, limit: int, num_steps: int) -> Iterator[Line]:
+    """The accept length to expect, and whether the other of the backbone's states gives a higher one."""
     own = load_tokenizer(folder.path)
     samples = read_samples(data, folder.config["vocab_size"], limit, own)
-    result = pooled(measure(load(folder.path), samples, num_steps))
-    tau = result.accept_length
+    model = load(folder.path)
+    said, results = model.net.config.mtp_hidden, {}
+    for state in HIDDEN:
+        model.net.config.mtp_hidden = state
+        results[state] = pooled(measure(model, samples, num_steps))
+    tau = results[said].accept_length
     text = f"{'unknown' if tau is None else f'{tau:.2f}'} with {num_steps} drafts, on {len(samples)} samples"
     if tau is None or tau < USELESS:
         cure = "the head is not trained, or the backbone was changed after it was: train it again"
         yield Line("accept length", ERROR, text, cure)
     else:
         yield Line("accept length", OK, text)
+    yield fitting(said, CONTRACT_KEY in folder.config, results)
 
 
-def server(folder: Folder, url: str) -> Iterator[Line]:
-    """What an SGLang server says about itself. Other servers name their model and nothing more."""
-    told = _ask(url, "/server_info") or _ask(url, "/get_server_info")
-    if not told:
-        models = _ask(url, "/v1/models")
-        if models is None:
-            yield Line("server", ERROR, f"{url} does not answer", "start it, or check host and port")
-            return
-        name = (models.get("data") or [{}])[0].get("id")
-        yield Line("server", WARNING, f"serves {name}; it does not say whether it drafts", "look at /metrics")
-        return
-    path = told.get("model_path")
-    if path and (Path(path) / "config.json").is_file() and content(path) == content(folder.path):
-        yield Line("server", OK, "serves this folder")
-    elif path and Path(path).exists():
-        yield Line("server", ERROR, f"serves another model: {path}", "start it on this folder")
-    else:
-        yield Line("server", WARNING, f"serves {path}, which cannot be compared from this machine")
-    if not told.get("speculative_algorithm"):
-        yield Line("drafts", ERROR, "the server does not draft", "start it with fastmtp.serve")
-        return
-    map_ = told.get("speculative_token_map")
-    text = f"{told['speculative_algorithm']}, K={told.get('speculative_num_steps')}"
-    yield Line("drafts", OK, f"{text}, token map {map_ or 'none'}")
-
-
-def _ask(url: str, path: str) -> dict | None:
-    """A JSON object of our own server, never through a proxy; None if there is none."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url.rstrip("/") + path, timeout=10) as answer:
-            value = json.load(answer)
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def fitting(said: str, written: bool, results: dict[str, Acceptance]) -> Line:
+    """Which state the head was trained on, by accept length. written: the folder says it; otherwise `said` is
+    what we take it for.
+    """
+    name, (other,) = "head's state", set(HIDDEN) - {said}
+    if None in (result.accept_length for result in results.values()):
+        return Line(name, WARNING, "unknown: nothing was verified", "give longer samples with --data")
+    text = ", ".join(f"{state} {result.accept_length:.3f}" for state, result in results.items())
+    text += f"; config.json says {said}" if written else f"; config.json says neither, taken for {said}"
+    # Both states meet the same answers, so the difference's interval is a paired one.
+    low, high = bounds(bootstrap(results[other].samples) - bootstrap(results[said].samples))
+    if low > 0:
+        cure = f'if that is so, set "{CONTRACT_KEY}": {{"mtp_hidden": "{other}"}} in config.json'
+        return Line(name, ERROR if written else WARNING, f"{text}, but {other} fits", cure)
+    if high < 0:
+        return Line(name, OK, f"{text}, which fits")
+    return Line(name, WARNING, f"{text}; too close to tell", "raise --limit")

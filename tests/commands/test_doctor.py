@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import save_folder
+from helpers.tiny import save_folder, useful_model
 from safetensors.torch import load_file, save_file
 
-from fastmtp.checkpoint import PREFIX
+from fastmtp.checkpoint import CONTRACT_KEY, PREFIX
 from fastmtp.cli import InputError
 from fastmtp.doctor import main
+from fastmtp.health import serving
+from fastmtp.health.folder import Folder
 from fastmtp.prepare_model import prepare
+from fastmtp.tau import Acceptance
+from fastmtp.teacher_forced import measure, pooled
 
 HEAD = f"{PREFIX}0."
 LAST = "model.layers.1."
@@ -201,7 +205,8 @@ def answering():
         def do_GET(self):
             self.send_response(200 if self.path in pages else 404)
             self.end_headers()
-            self.wfile.write(json.dumps(pages.get(self.path, {})).encode())
+            value = pages.get(self.path, {})
+            self.wfile.write((value if isinstance(value, str) else json.dumps(value)).encode())
 
         def log_message(self, *_):
             pass
@@ -227,3 +232,89 @@ def test_the_server_is_asked(whole, answering, tmp_path, capsys, monkeypatch):
     code, lines = page(whole, capsys, "--server", url)
     assert code == 1 and "another model" in lines["server"]["text"]
     assert page(whole, capsys, "--server", "http://127.0.0.1:9")[1]["server"]["level"] == "error"
+
+
+METRICS = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
+vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 40.0
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 50.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="0"} 30.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 20.0
+vllm:spec_decode_num_accepted_tokens_per_pos_created{engine="0",model_name="m",position="0"} 1.7e+09
+"""
+
+
+def test_vllm_is_asked(whole, answering, tmp_path, capsys):
+    """It has no /server_info: the model's path is in /v1/models, drafts are in /metrics."""
+    url, pages = answering
+    pages["/v1/models"] = {"data": [{"id": "m", "root": str(whole)}]}
+    assert "does not say" in page(whole, capsys, "--server", url)[1]["server"]["text"]  # some other server
+    pages |= {"/version": {"version": "0.32.0"}, "/metrics": METRICS}
+    code, lines = page(whole, capsys, "--server", url + "/v1")
+    assert code == 0 and lines["server"]["text"] == "serves this folder"
+    assert lines["drafts"]["text"] == "MTP, K=2, accept length 2.25 since its start"
+    pages["/metrics"] = METRICS.replace("40.0", "0.0").replace("50.0", "0.0")
+    assert "accept length unknown" in page(whole, capsys, "--server", url)[1]["drafts"]["text"]
+    pages["/metrics"] = "vllm:num_requests_running 0.0"
+    code, lines = page(whole, capsys, "--server", url)
+    assert code == 1 and "does not draft" in lines["drafts"]["text"]
+    del pages["/metrics"]
+    assert page(whole, capsys, "--server", url)[1]["drafts"]["level"] == "warning"
+    pages["/v1/models"] = {"data": []}
+    code, lines = page(whole, capsys, "--server", url)
+    assert code == 1 and "names no model" in lines["server"]["text"] and "drafts" not in lines
+
+
+def test_both_states_are_measured(monkeypatch):
+    """Each of the lengths is what acceptance measures when the head gets that state."""
+    useful = useful_model(mtp_hidden="pre_norm")
+    pairs = zip(useful.prompts, useful.answers, strict=True)
+    samples = [{"prompt_ids": p, "output_ids": a} for p, a in pairs]
+    monkeypatch.setattr(serving, "load", lambda path: useful.model)
+    monkeypatch.setattr(serving, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(serving, "read_samples", lambda *_: samples)
+    config = {"vocab_size": 32, CONTRACT_KEY: {"mtp_hidden": "pre_norm"}}
+    length, line = serving.expected(Folder(Path("."), config, {}), "data.jsonl", 12, 3)
+    post, pre = (float(part.split()[1]) for part in line.text.split(";")[0].split(","))
+    assert line.name == "head's state" and "config.json says pre_norm" in line.text
+    for state, tau in (("post_norm", post), ("pre_norm", pre)):
+        useful.model.net.config.mtp_hidden = state
+        assert tau == round(pooled(measure(useful.model, samples, 3)).accept_length, 3)
+    assert pre > post and length.text.startswith(f"{pre:.2f} ")
+
+
+def accepted(*passes: int) -> Acceptance:
+    """Answers of 20 tokens after the first, in so many passes."""
+    part = Acceptance()
+    for count in passes:
+        part.add(20, [0, count])
+    return part
+
+
+@pytest.mark.parametrize("state", ["post_norm", "pre_norm"])
+def test_the_state_that_fits_is_named(state):
+    """Every answer takes fewer passes with `state`; config.json says it, says the other, or says neither."""
+    (other,) = {"post_norm", "pre_norm"} - {state}
+    results = {state: accepted(8, 9, 10, 8), other: accepted(12, 12, 14, 13)}
+    right = serving.fitting(state, True, results)
+    assert right.level == "ok" and right.text.endswith(f"config.json says {state}, which fits")
+    wrong = serving.fitting(other, True, results)
+    assert wrong.level == "error" and f"says {other}, but {state} fits" in wrong.text
+    assert f'"mtp_hidden": "{state}"' in wrong.cure
+    unsaid = serving.fitting(other, False, results)
+    assert unsaid.level == "warning" and f"taken for {other}, but {state} fits" in unsaid.text
+    assert serving.fitting(state, False, results).level == "ok"
+
+
+def test_states_that_are_too_close_are_not_told_apart():
+    close = {"post_norm": accepted(8, 12, 9, 11), "pre_norm": accepted(11, 9, 12, 8)}
+    line = serving.fitting("post_norm", True, close)
+    assert line.level == "warning" and "too close to tell" in line.text
+    unknown = serving.fitting("post_norm", True, {"post_norm": Acceptance(), "pre_norm": accepted(9)})
+    assert unknown.level == "warning" and "unknown" in unknown.text
+
+
+def test_a_head_for_the_other_state_is_vllms_alone(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "folder")
+    setting(tmp_path / "folder", fastmtp={"mtp_hidden": "pre_norm"})
+    _, lines = page(tmp_path / "folder", capsys)
+    assert (lines["SGLang"]["level"], lines["vLLM"]["level"]) == ("error", "ok")
