@@ -1,5 +1,4 @@
-"""Streams one answer from a running server (`python -m fastmtp.serve`) through the openai client, and times
-it.
+"""Streams one answer from a running server (`fastmtp.serve`) through the openai client, and times it.
 
 python examples/stream.py "Explain speculative decoding to a child."
 """
@@ -42,10 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--api-key", help="of the server; default: OPENAI_API_KEY, if it is set")
     args = parser.parse_args(argv)
 
-    started, first = time.perf_counter(), None
+    first = None
     try:
-        stream = client(args.url, args.api_key).chat.completions.create(
-            model="default",
+        server = client(args.url, args.api_key)
+        models = server.models.list().data  # vLLM answers to its model's name alone
+        started = time.perf_counter()
+        stream = server.chat.completions.create(
+            model=models[0].id if models else "default",
             messages=[{"role": "user", "content": args.prompt}],
             max_tokens=args.max_tokens,
             temperature=args.temperature,

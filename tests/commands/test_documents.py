@@ -120,6 +120,7 @@ def test_many_commands_are_seen():
     seen = [parameter.id for parameter in shown_commands()]
     assert len(seen) > 60 and {name.split(":")[0] for name in seen} >= {
         "README.md",
+        "docs/serve.md",
         "docs/serve_and_evaluate.md",
         "fastmtp/serve.py",
         "evaluation/run.py",
