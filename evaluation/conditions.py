@@ -67,7 +67,7 @@ def bench_config(
     parallel: int,
     depends: dict[str, object],
 ) -> dict:
-    """What a result line says of its making. `fingerprint`: what the answers depend on."""
+    """What a result line says about how it was made. `fingerprint`: what the answers depend on."""
     source = {"dataset": task.dataset, "revision": task.revision}
     if question_file:
         source = {"file": Path(question_file).name}

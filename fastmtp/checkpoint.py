@@ -1,4 +1,4 @@
-"""What a head checkpoint is: its tensor names, where it lies, how it is read and written.
+"""What a head checkpoint is: its tensor names, where it is found, how it is read and written.
 
 A checkpoint folder holds the head alone, under the names of the released MiMo-7B checkpoints; a model folder
 holds it beside the backbone. Heads that come with the package are found by name.

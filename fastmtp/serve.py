@@ -6,7 +6,7 @@
 
 The command line is built for the engine that is installed (SGLang 0.5.17 or later; vLLM 0.25.1 or later, its
 CPU build too), printed, and run as a process of its own. Flags after `--` go to the engine and override what
-is chosen here, unless they contradict the options or cannot work. The log lies in a
+is chosen here, unless they contradict the options or cannot work. The log is in a
 folder of its own that only this user can read.
 """
 

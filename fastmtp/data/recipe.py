@@ -85,7 +85,7 @@ def apply_overrides(recipe: dict, overrides: Sequence[str]) -> dict:
             name, equals, value = word[2:].partition("=")
             current = values[name.replace("-", "_")] = [_value(value)] if equals else []
         elif not values:
-            raise InputError(f"'{word}' stands before any --key; write overrides as --key value")
+            raise InputError(f"'{word}' comes before any --key; write overrides as --key value")
         else:
             current.append(_value(word))
     for key, value in values.items():

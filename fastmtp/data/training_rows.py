@@ -192,7 +192,7 @@ def check_prompt(tokenizer, row: dict, messages: list[dict], tools) -> None:
 
 
 def fit(sequence: Sequence, rules: Rules) -> Sequence | None:
-    """A sequence of at most max_length tokens; None if it is too long and must go."""
+    """A sequence of at most max_length tokens; None if it is too long and must be left out."""
     ids, labels = sequence
     if len(ids) <= rules.max_length:
         return sequence

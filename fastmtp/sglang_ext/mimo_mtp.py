@@ -63,7 +63,7 @@ class MiMoMTP(StockMiMoMTP):
         self.record = Record(get_parallel().tp_rank == 0)
         active.activate(self.vocab.first())
         sizes = ", ".join(f"{name} {len(ids)}" for name, ids in self.vocab.maps.items())
-        # Printed, for fastmtp.serve looks for this line, whatever the log level is.
+        # Printed at any log level, because fastmtp.serve looks for this line.
         self.record.ready(f"policy {self.vocab.policy}, maps {sizes}; active {active.active}")
         wrap_worker()
 

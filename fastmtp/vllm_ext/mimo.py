@@ -31,7 +31,7 @@ class MiMoForCausalLM(StockMiMoForCausalLM):
         start(self, vllm_config=vllm_config, prefix=prefix)
         self.post_norm = post_norm
         if post_norm:
-            print(POST_NORM_READY, flush=True)  # fastmtp.serve looks for it, whatever the log level is
+            print(POST_NORM_READY, flush=True)  # at any log level: fastmtp.serve looks for it
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         if not self.post_norm:
