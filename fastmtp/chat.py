@@ -8,13 +8,12 @@ in the text.
 
 from __future__ import annotations
 
-import jinja2
-
 from fastmtp.cli import InputError
 
 IGNORE = -100
 # What a message may say beside its content. The template decides how a model reads or writes it.
-PARTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+CALLS = ("tool_calls", "function_call")
+PARTS = (*CALLS, "reasoning_content", "reasoning", "thinking")
 
 
 class TemplateError(InputError):
@@ -62,6 +61,8 @@ def encode_turns(
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise InputError("the chat has no assistant turn")
+    if turns[0] == 0:
+        raise InputError("the chat begins with an answer")
     ids: list[int] = []
     labels: list[int] = []
     done = ""
@@ -131,8 +132,8 @@ def check_shown(tokenizer, messages: list[dict], tools: list | None = None) -> N
             if not _changes(tokenizer, prompt, [*messages[:n], other, *messages[n + 1 : turn]], tools):
                 raise TemplateError(f"the chat template leaves out a '{messages[n]['role']}' turn")
         whole = None
-        for part in PARTS if learnt(message) and exact_ids(message) is None else ():
-            if message.get(part):
+        for part in PARTS if exact_ids(message) is None else ():
+            if message.get(part) and (learnt(message) or part in CALLS):
                 whole = whole or _render(tokenizer, messages[: turn + 1], tools, prompt=False)
                 other = {key: value for key, value in message.items() if key != part}
                 if not _changes(tokenizer, whole, [*messages[:turn], other], tools, prompt=False):
@@ -181,8 +182,10 @@ def _render(tokenizer, messages: list[dict], tools: list | None = None, prompt: 
         return tokenizer.apply_chat_template(
             shown, tools=tools or None, tokenize=False, add_generation_prompt=prompt
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # a template is a program: it may divide by zero
+        if not tokenizer.chat_template:
+            raise TemplateError("the tokenizer has no chat template; add one") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TemplateError(f"the chat template refuses this chat ({reason})") from None
 
 

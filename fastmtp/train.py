@@ -19,6 +19,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 
 from fastmtp import files
@@ -33,6 +35,7 @@ from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data import training_run
 from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, read_recipe
+from fastmtp.data.rendering import check_template
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.data.training_rows import Rules
 from fastmtp.data.training_run import Start, names, processes
@@ -42,10 +45,12 @@ from fastmtp.head.recursion import ATTENTIONS
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
 
+HUB = re.compile(r"((hf|ms)::)?[\w.-]+/[\w.-]+(:[^#]*)?(#\d+)?", re.IGNORECASE)  # as ms-swift writes it
 NEEDED = ("model", "dataset", "output_dir", "model_kwargs")
 MAX_DROPPED = 0.1
 DATA_SEED = 42  # ms-swift's, and its 3 epochs
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length")
+WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing_length")
 AT_LEAST_ONE = ("gradient_accumulation_steps", "packing_length", "save_steps", "logging_steps")
 
 
@@ -63,6 +68,7 @@ def check(recipe: dict, known: set[str], place: str) -> None:
         if not recipe.get(key):
             raise InputError(f"{place}: the key '{key}' is missing; see configs/quickstart.yaml")
     check_numbers(recipe, place)
+    check_warmup(recipe, place)
     check_head(recipe["model_kwargs"], place)
     for key in ("model", "output_dir"):
         if not isinstance(recipe[key], str):
@@ -71,6 +77,8 @@ def check(recipe: dict, known: set[str], place: str) -> None:
         for name in names(recipe, key):
             if not isinstance(name, str):
                 raise InputError(f"{place}: '{key}' must be paths, not {name!r}")
+            if not is_local(name) and not HUB.fullmatch(name):
+                raise InputError(f"{place}: {name!r} ('{key}') is neither a file nor a data set on a hub")
             if is_local(name):
                 existing(split_count(name)[0], f"file ('{key}' in {place})")
     if not isinstance(recipe.get("columns") or {}, dict):
@@ -94,10 +102,24 @@ def check_numbers(recipe: dict, place: str) -> None:
             raise InputError(f"{place}: {key} must be a number, not {value!r}")
         if key in ABOVE_ZERO and not value > 0:
             raise InputError(f"{place}: {key} must be above 0, not {value}; nothing would be trained")
+        if key in WHOLE and value != int(value):
+            raise InputError(f"{place}: {key} must be a whole number, not {value}")
         if key in AT_LEAST_ONE and key not in ("save_steps", "logging_steps") and value < 1:
             raise InputError(f"{place}: {key} must be at least 1, not {value}")
         if key == "max_steps" and value != -1 and (value < 1 or value != int(value)):
             raise InputError(f"{place}: max_steps must be a whole number of at least 1, not {value}")
+
+
+def check_warmup(recipe: dict, place: str) -> None:
+    """InputError for a warmup as long as the training: the learning rate would not get off the ground."""
+    steps, share = recipe.get("warmup_steps") or 0, recipe.get("warmup_ratio") or 0
+    for name, value in (("warmup_steps", steps), ("warmup_ratio", share)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise InputError(f"{place}: {name} must be a number from 0 on, not {value!r}")
+    last = recipe.get("max_steps") or 0
+    if share >= 1 or last > 0 and steps >= last:
+        name, value, end = ("warmup_ratio", share, 1) if share >= 1 else ("warmup_steps", steps, last)
+        raise InputError(f"{place}: {name} must be below {end}, not {value}; nothing would be trained")
 
 
 def check_head(head: dict, place: str) -> None:
@@ -124,14 +146,19 @@ def read_data(recipe: dict, max_dropped: float) -> dict[str, TrainingSet]:
     tokenizer = load_tokenizer(recipe["model"])
     if tokenizer.eos_token_id is None:
         raise InputError(f"{recipe['model']}: its tokenizer has no end-of-turn token; set eos_token there")
+    check_template(tokenizer, recipe["model"])
     config = read_json(Path(recipe["model"]) / "config.json")
     vocab_size = min(config["vocab_size"], len(tokenizer))
+    max_length = int(recipe.get("max_length") or config["max_position_embeddings"])
+    truncation = recipe.get("truncation_strategy") or "delete"
+    longest = max(map(len, tokenizer.get_vocab()))  # composing accents shortens a text, but not to a quarter
     rules = Rules(
         vocab_size,
-        int(recipe.get("max_length") or config["max_position_embeddings"]),
-        recipe.get("truncation_strategy") or "delete",
+        max_length,
+        truncation,
         recipe.get("columns") or {},
         recipe.get("system"),
+        4 * longest * max_length if truncation == "delete" else None,
     )
     sets = {}
     for key in ("dataset", "val_dataset"):
@@ -193,10 +220,21 @@ def train(recipe: dict, overwrite: bool = False, max_dropped: float = MAX_DROPPE
         if not training_run.checkpoints(output):
             print(f"fastmtp.train: error: {output}: the training made no checkpoint", file=sys.stderr)
             raise SystemExit(1)
+        check_learnt(recipe["model"], training_run.checkpoints(output)[-1])
     recorded = "fingerprint" in (files.read_record(output / "run.json") or {})
     if int(os.environ.get("NODE_RANK") or 0) == 0 and not (start.finished and recorded):
         local = [name for name in names(recipe, "dataset") if is_local(name)]
         files.write_provenance(output, recipe, local, start.found)
+
+
+def check_learnt(model: str, checkpoint: Path) -> None:
+    """InputError if the head of a checkpoint is still, bit for bit, the one that it began with."""
+    before, after = read_head(model), read_head(checkpoint)
+    if all(torch.equal(before[name].to(tensor.dtype), tensor) for name, tensor in after.items()):
+        raise InputError(
+            f"{checkpoint}: not one weight changed, so nothing was learnt; check learning_rate and warmup, "
+            "then start over with --overwrite true"
+        )
 
 
 def run_swift(recipe: dict, sets: dict[str, TrainingSet], start: Start, folder: Path) -> int:
@@ -216,6 +254,8 @@ def run_swift(recipe: dict, sets: dict[str, TrainingSet], start: Start, folder: 
         write_set(rows.sequences(order), folder / key)
         recipe["cached_" + key] = [str(folder / key)]
         recipe[key] = [name for name in data if not is_local(name)]
+    if recipe.get("max_steps") == 1:
+        recipe |= {"warmup_ratio": None, "warmup_steps": None}  # the first step of a warmup has the rate 0
     resolved = folder / "recipe.yaml"  # ms-swift copies it to output_dir
     recipe = {key: value for key, value in recipe.items() if value not in (None, [])}
     resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -6,6 +6,7 @@ is an error that names its line: a figure over fewer answers than were given wou
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from fastmtp.chat import IGNORE, encode_chat
@@ -107,4 +108,5 @@ def spells(tokenizer, ids: list[int], text: str) -> bool:
 
 
 def _packed(text: str) -> str:
-    return "".join(text.split())
+    """A text without its spaces, its accents composed: some tool may have done so to the text alone."""
+    return unicodedata.normalize("NFC", "".join(text.split()))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fastmtp.chat import IGNORE, PARTS, check_shown, encode_turns, exact_ids, prompt_ids
 from fastmtp.cli import InputError
+from fastmtp.data.samples import spells
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SYSTEM = ("system", "system_prompt")
@@ -21,6 +22,7 @@ RESPONSE = (
 )
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
+PAIRED, PAIR = ("human", "assistant"), ("user", "assistant")
 
 Sequence = tuple[list[int], list[int]]  # ids and labels
 
@@ -38,6 +40,7 @@ class Rules:
     truncation: str = "delete"
     columns: dict[str, str] = field(default_factory=dict)  # the file's column -> query, response, system
     system: str | None = None  # for rows without a system turn
+    max_chars: int | None = None  # more than this cannot be max_length tokens, whatever it says
 
 
 def encode_row(tokenizer, row: dict, rules: Rules) -> list[Sequence]:
@@ -50,6 +53,8 @@ def encode_row(tokenizer, row: dict, rules: Rules) -> list[Sequence]:
     if rules.system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": rules.system}, *messages]
     check_texts([messages, tools])
+    if rules.max_chars and sum(len(str(message["content"])) for message in messages) > rules.max_chars:
+        raise LeftOut(f"longer than max_length {rules.max_length}")  # tokenising it would take minutes
     check_ids(tokenizer, row, messages, rules.vocab_size)
     try:
         sequences = encode_turns(tokenizer, messages, tools)
@@ -79,7 +84,7 @@ def chat_of(row: dict) -> list[dict]:
         return _pair(row)
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise LeftOut("its messages are not a list of objects")
-    messages = [_message(message) for message in messages]
+    messages = [_message(message) for pair in messages for message in _unpaired(pair)]
     system = _first(row, SYSTEM)
     if system is not None and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": _string(system, "system")}, *messages]
@@ -90,6 +95,13 @@ def chat_of(row: dict) -> list[dict]:
         if exact_ids(last) != output:
             raise LeftOut("output_ids are not the last answer's token_ids")
     return messages
+
+
+def _unpaired(message: dict) -> list[dict]:
+    """ms-swift's older form of ShareGPT holds a question and its answer in one object."""
+    if "human" not in message or "assistant" not in message:
+        return [message]
+    return [{"role": role, "content": message[name]} for role, name in zip(PAIR, PAIRED, strict=True)]
 
 
 def _message(message: dict) -> dict:
@@ -103,9 +115,13 @@ def _message(message: dict) -> dict:
     if content is None and parts:
         content = ""
     if not isinstance(content, str) and not (ids_alone and role == "assistant"):
-        raise LeftOut(f"the content of a '{role}' turn is not a text ({type(content).__name__})")
+        raise LeftOut(f"the content of the '{role}' turn is not a text ({type(content).__name__})")
     if not isinstance(message.get("loss"), bool | None):
         raise LeftOut(f"'loss' must be true or false, not {json.dumps(message['loss'])[:40]}")
+    if message.get("loss_scale") not in (None, 1):
+        raise LeftOut("'loss_scale' in a turn; mark a turn that is not to be learnt with \"loss\": false")
+    if ids_alone and message.get("token_ids") not in (None, content["token_ids"]):
+        raise LeftOut("two lists of token_ids in one turn")
     if message.get("token_ids") is not None and role != "assistant":
         raise LeftOut(f"token_ids in a '{role}' turn; only answers have exact ids")
     result = message | {"role": role, "content": content}
@@ -149,7 +165,9 @@ def _pair(row: dict) -> list[dict]:
 
 def tools_of(row: dict) -> list[dict] | None:
     tools = row.get("tools")
-    if isinstance(tools, str):
+    if row.get("functions"):
+        raise LeftOut("it has 'functions'; give them as 'tools'")
+    if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
         except ValueError:
@@ -174,8 +192,7 @@ def check_ids(tokenizer, row: dict, messages: list[dict], vocab_size: int) -> No
         _check_range(ids, vocab_size)
         text = message["content"] if isinstance(message["content"], str) else message["content"].get("text")
         if isinstance(text, str) and (text or "content" in message):
-            spelt = [_spelt(tokenizer, ids), _spelt(tokenizer, _encode(tokenizer, text)), text.strip()]
-            if spelt[0] not in spelt[1:]:
+            if not spells(tokenizer, ids, text):
                 raise LeftOut("token_ids spell other text than the content; they are another tokenizer's")
     if row.get("prompt_ids") is not None:
         _check_range(row["prompt_ids"], vocab_size)
@@ -230,10 +247,6 @@ def _objects(value: object, name: str) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise LeftOut(f"'{name}' is not a list of objects")
     return value
-
-
-def _encode(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _spelt(tokenizer, ids: list[int], skip: bool = True) -> str:

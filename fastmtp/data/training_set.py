@@ -54,7 +54,7 @@ class TrainingSet:
 
     def summary(self) -> str:
         """As "1200 rows, 3 left out: 2 longer than max_length 512 (first: train.jsonl:7), 1 no target"."""
-        words = f"{len(self.encoded)} rows, {self.left_out} left out"
+        words = f"{len(self.encoded)} row{'s' * (len(self.encoded) != 1)}, {self.left_out} left out"
         if self.reasons:
             parts = [
                 f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.reasons.most_common()
@@ -79,12 +79,15 @@ def read_file(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(1 << 30)  # a whole chat may be one field
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             for row in reader:
                 if None in row or None in row.values():
-                    raise InputError(f"{path}:{reader.line_num}: not as many fields as the first line has")
+                    raise InputError(
+                        f"{path}:{reader.line_num}: not as many fields as the first line has; fix it"
+                    )
                 yield f"{path}:{reader.line_num}", row
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a CSV file in UTF-8 ({error}); convert it to .jsonl") from None

@@ -1,7 +1,7 @@
 """Chats to ids and masks: what the template says, exactly the answers, and never the same tokens twice."""
 
 import pytest
-from helpers.tiny import CHATML
+from helpers.tiny import CHATML, chatml_tokenizer
 
 from fastmtp.chat import (
     IGNORE,
@@ -219,3 +219,12 @@ def test_distilled_samples_reach_training_with_the_same_tokens(tokenizer):
     sample = {"id": "1", "messages": [SINGLE[0], answer], "prompt_ids": asked, "output_ids": exact}
     messages, _ = training_row(sample, "here:1")
     assert encode_chat(tokenizer, messages) == (asked + exact, [IGNORE] * len(asked) + exact)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[0]['content'][9] ** 'x' }}", None])
+def test_whatever_a_template_raises_is_one_line(template):
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat template") as error:
+        encode_turns(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}])
+    assert "\n" not in str(error.value)

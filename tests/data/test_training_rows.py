@@ -48,6 +48,14 @@ def chat(*answer, **more) -> dict:
         (chat({"loss": False}), "no target"),
         (chat({"loss": "false"}), "'loss' must be"),
         (chat({"loss": 0}), "'loss' must be"),
+        (chat({"loss_scale": 0.0}), "'loss_scale' in a turn"),
+        (chat({"content": {"token_ids": [70, 71]}, "token_ids": [70, 72]}), "two lists"),
+        (chat(functions=[{"name": "f"}]), "'functions'"),
+        ({"messages": [BOT, USER, BOT]}, "begins with an answer"),
+        (
+            {"messages": [USER, BOT | {"tool_calls": [{"function": {}}], "loss": False}, USER, BOT]},
+            "leaves out an answer's 'tool_calls'",
+        ),
         (chat({"content": {"token_ids": [2]}}), "no target"),
         (chat({"content": {"token_ids": []}}), "no target"),
         (chat({"content": {"token_ids": [70, -1]}}), "outside the model's 320"),
@@ -110,7 +118,9 @@ def test_a_distilled_row_keeps_its_exact_ids(tokenizer):
             },
             {},
         ),
-        (chat({"loss": None}), {}),
+        (chat({"loss": None, "loss_scale": 1.0}), {}),
+        (chat(tools="", functions=[]), {}),
+        ({"conversation": [{"human": USER["content"], "assistant": BOT["content"]}]}, {}),
         ({"messages": [USER | {"id": 3}, BOT | {"weight": 1}], "images": []}, {}),
     ],
 )
@@ -140,6 +150,21 @@ def test_truncation_keeps_an_end(tokenizer, cut):
     length = len(ids[part])
     assert encode_row(tokenizer, chat(), Rules(320, length, cut)) == [(ids[part], labels[part])]
     assert "no target" in reason(tokenizer, chat(), Rules(320, 4, "right"))
+
+
+def test_ids_may_differ_from_their_text_by_spaces_and_composed_accents(tokenizer):
+    for text, spelt in (("two is two", " two  is two"), ("caf\u00e9 is two", "cafe\u0301 is two")):
+        ids = tokenizer(spelt, add_special_tokens=False)["input_ids"]
+        ((_, labels),) = encode_row(tokenizer, chat({"content": text, "token_ids": ids}), RULES)
+        assert [token for token in labels if token != IGNORE] == ids
+
+
+def test_a_text_beyond_all_measure_is_not_tokenised(tokenizer):
+    def never(*_, **__):
+        raise AssertionError
+
+    row = {"messages": [USER | {"content": "x" * 2000}, BOT]}
+    assert "longer than max_length 9" in reason(never, row, Rules(320, 9, max_chars=1000))
 
 
 def lines(path, rows, opener=open, start=""):
@@ -183,6 +208,7 @@ def test_files_of_every_kind_hold_the_same_rows(tokenizer, tmp_path):
         ("a.csv", b"query,response\na\n", "a.csv:2: not as many fields"),
         ("a.csv", b"query,response\na,b,c\n", "a.csv:2: not as many fields"),
         ("a.csv", b"query,response\na,\xff\n", "not a CSV file in UTF-8"),
+        ("a.csv", b"query,response\n", "no rows"),
         ("a.parquet", b"PAR1", "convert it first"),
         ("a.jsonl", b'{"messages": ' + b"[" * 100000, "a.jsonl"),
     ],

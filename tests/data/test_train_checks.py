@@ -1,0 +1,105 @@
+"""The command up to ms-swift, which a stand-in replaces: what would train nothing is refused, in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.tiny import save_folder
+
+from fastmtp import files, train
+from fastmtp.checkpoint import read_head, save_head
+from fastmtp.cli import InputError
+
+KEYS = {
+    *("model", "dataset", "output_dir", "model_kwargs", "val_dataset", "max_length", "learning_rate"),
+    *("max_steps", "num_train_epochs", "warmup_steps", "warmup_ratio", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "columns", "packing_length"),
+}
+ROW = {"messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "two is two"}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def command(model, tmp_path, monkeypatch):
+    """(Run the command with changes to the recipe, what ms-swift was to read).
+
+    The stand-in moves the head as far as `learning_rate`.
+    """
+    seen = []
+
+    def swift(recipe, sets, start, folder):
+        seen.append({key: [ids.tolist() for ids, _ in rows.sequences()] for key, rows in sets.items()})
+        checkpoint = Path(recipe["output_dir"]) / "checkpoint-1"
+        checkpoint.mkdir()
+        head = read_head(recipe["model"])
+        save_head(checkpoint, {name: t.float() + recipe["learning_rate"] * moved for name, t in head.items()})
+        return 0
+
+    moved = torch.tensor(1.0)
+    monkeypatch.setattr(train, "swift_keys", lambda: KEYS | set(train.read_recipe("configs/quickstart.yaml")))
+    monkeypatch.setattr(train, "complete", lambda recipe, place: recipe)
+    monkeypatch.setattr(train, "run_swift", swift)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(ROW) + "\n")
+
+    def call(stuck=False, **changes):
+        moved.fill_(0.0 if stuck else 1.0)
+        recipe = dict(model=str(model), dataset=[str(data)], output_dir=str(tmp_path / "out"))
+        recipe |= dict(learning_rate=1e-3, max_length=64, max_steps=2)
+        recipe |= dict(model_kwargs=dict(mtp_num_steps=2, mtp_attention="exact"))
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe | changes))
+        try:
+            train.main([str(path)])
+        finally:
+            files.release(tmp_path / "out")
+
+    return call, seen
+
+
+def test_a_row_reaches_ms_swift(command):
+    call, seen = command
+    call()
+    assert len(seen) == 1 and len(seen[0]["dataset"]) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"warmup_steps": 2}, "warmup_steps must be below 2"),
+        ({"warmup_steps": 90}, "warmup_steps must be below 2"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio must be below 1"),
+        ({"warmup_ratio": "some"}, "warmup_ratio must be a number"),
+        ({"per_device_train_batch_size": 0.5}, "must be a whole number"),
+        ({"max_length": 63.5}, "must be a whole number"),
+        ({"dataset": "[]"}, "neither a file nor a data set"),
+        ({"dataset": ["my rows"]}, "neither a file nor a data set"),
+        ({"dataset": [5]}, "must be paths"),
+    ],
+)
+def test_a_recipe_that_trains_nothing_is_refused(command, changes, words):
+    call, seen = command
+    with pytest.raises(InputError, match=words) as error:
+        call(**changes)
+    assert not seen and "\n" not in str(error.value)
+
+
+def test_a_training_that_changed_nothing_is_an_error(command):
+    call, _ = command
+    with pytest.raises(InputError, match="not one weight changed"):
+        call(stuck=True)
+
+
+def test_a_model_without_a_chat_template_is_named(command, model, tmp_path):
+    call, seen = command
+    bare = save_folder(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="bare: the tokenizer has no chat template"):
+        call(model=str(bare))
+    assert not seen
