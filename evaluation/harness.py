@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from evaluation import metrics
@@ -19,7 +21,8 @@ from evaluation.asking import Prompts, Settings, collect
 from evaluation.backends import BackendError, Server
 from evaluation.conditions import bench_config, check_numbers, context_of, counts, environment
 from evaluation.questions import Task, load_questions
-from fastmtp.cli import InputError, Parser
+from evaluation.tasks import TASKS
+from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.address import api_key, base_url
 from fastmtp.files import check_output, claim, release, write_jsonl
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
@@ -77,6 +80,15 @@ def check_files(args: argparse.Namespace) -> None:
     if Path(args.result_file).exists():
         for _ in read_jsonl(args.result_file):  # a torn line is found before anything is asked
             pass
+
+
+def script(file: str, name: str) -> Callable[..., None]:
+    """The `main` of a benchmark's script, which is named after its folder; run if it is `__main__`."""
+    task = TASKS[Path(file).resolve().parent.name]
+    own = functools.partial(main, task)
+    if name == "__main__":
+        run(own, f"evaluation.{task.name}.bench_sglang_eagle")
+    return own
 
 
 def main(task: Task, argv: list[str] | None = None) -> None:

@@ -1,19 +1,12 @@
 """NQ with retrieved passages against a running SGLang server. Runs from any folder as a file, and with -m."""
 
 import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parents[1]))  # this checkout's own code, whatever is installed
-
-from evaluation import harness, tasks  # noqa: E402
-from fastmtp.cli import run  # noqa: E402
-
-
-def main(argv: list[str] | None = None) -> None:
-    harness.main(tasks.TASKS[HERE.name], argv)
-
 
 if __name__ == "__main__":
-    run(main)
+    sys.path.insert(
+        0, __file__.rpartition("/evaluation/")[0]
+    )  # this checkout's own code, whatever is installed
+
+from evaluation.harness import script  # noqa: E402
+
+main = script(__file__, __name__)

@@ -71,7 +71,8 @@ class Servers:
         self.context = config.get("max_position_embeddings")
         if type(self.context) is not int:
             raise InputError(
-                f"{model}/config.json: no 'max_position_embeddings'; give a model folder that fastmtp.prepare_model or fastmtp.export wrote"
+                f"{model}/config.json: no 'max_position_embeddings'; give a folder that "
+                "fastmtp.prepare_model or fastmtp.export wrote"
             )
         self.size = max(len(self.tokenizer), config.get("vocab_size") or 0)
         self.timeout, self.api_key = timeout, api_key
