@@ -104,11 +104,7 @@ async def collect(
     }
     if not missing:
         return answers.to(keys)
-    first = prompts.ids(next(iter(missing.values()))[:1])
-    for _ in range(2):
-        with contextlib.suppress(Rejected):
-            await backend.ask(first, WARM_UP_TOKENS)
-    await backend.flush()
+    await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
     free = asyncio.Semaphore(parallel)
     total = len(set(keys))
     bar = tqdm(
@@ -144,6 +140,13 @@ async def collect(
             f"({' '.join(text.split())[:40]!r}): {error}; the others are answered"
         )
     return answers.to(keys)
+
+
+async def _warm_up(backend, prompt: list[int]) -> None:
+    for _ in range(2):
+        with contextlib.suppress(Rejected):
+            await backend.ask(prompt, WARM_UP_TOKENS)
+    await backend.flush()
 
 
 async def _answer(backend, prompts: Prompts, question, settings: Settings, num_steps: int) -> list[Turn]:

@@ -3,10 +3,8 @@ continues.
 """
 
 import errno
-import gzip
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,14 +18,12 @@ from fastmtp.files import (
     atomic,
     claim,
     growing,
-    provenance,
     release,
-    sha256,
     write_json,
     write_jsonl,
     write_provenance,
 )
-from fastmtp.inputs import existing, read_jsonl, resource
+from fastmtp.inputs import read_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -142,139 +138,12 @@ def test_growing_survives_a_kill_in_the_middle_of_a_line(tmp_path):
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_read_jsonl_numbers_lines_and_passes_blank_ones_over(tmp_path, packed):
-    path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
-    text = '{"a": 1}\n\n{"a": "é"}\n'.encode()
-    path.write_bytes(gzip.compress(text) if packed else text)
-    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": "é"})]
-
-
-@pytest.mark.parametrize(
-    "content, place",
-    [
-        (b'{"a": 1}\n{"a": \n', ":2"),
-        (b'{"a": 1}\n[1]\n', ":2"),
-        (b'{"a": "\xff"}\n', ""),
-        (b"\x00\x01\xfe", ""),
-    ],
-)
-def test_broken_lines_are_named(tmp_path, content, place):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        list(read_jsonl(path))
-    assert f"x.jsonl{place}" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_missing_folder_and_false_gzip_are_named(tmp_path):
-    (tmp_path / "x.jsonl.gz").write_bytes(b"not packed")
-    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "x.jsonl.gz"):
-        with pytest.raises(InputError, match=path.name):
-            list(read_jsonl(path))
-    with pytest.raises(InputError, match="no such folder"):
-        existing(tmp_path / "none", "folder")
-
-
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         write_jsonl(tmp_path / "x.jsonl", [{"a": 1}, {"a": object()}])
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", object())
     assert not list(tmp_path.iterdir())
-
-
-def test_provenance_says_what_made_it(tmp_path):
-    source = tmp_path / "in.jsonl"
-    source.write_text("{}\n")
-    (tmp_path / "folder").mkdir()
-    for output, record in (
-        (tmp_path / "out.jsonl", "out.jsonl.run.json"),
-        (tmp_path / "folder", "folder/run.json"),
-    ):
-        write_provenance(output, {"seed": 3}, [source, tmp_path / "none"])
-        found = json.loads((tmp_path / record).read_text())
-        assert found["config"] == {"seed": 3} and found["inputs"] == {str(source): sha256(source)}
-        assert found["versions"]["torch"]
-
-
-def test_provenance_needs_no_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    found = provenance({"seed": 0})
-    assert found["git_commit"] is None and found["config"] == {"seed": 0}
-
-
-@pytest.fixture
-def clone(tmp_path):
-    """A small checkout: what tells its state, committed. Gives (folder, git_state in it)."""
-    root = tmp_path / "clone"
-    (root / "fastmtp").mkdir(parents=True)
-    for name in ("pyproject.toml", *(f"fastmtp/{n}.py" for n in ("__init__", "checkout"))):
-        shutil.copy(REPOSITORY / name, root / name)
-
-    def state(**environment: str) -> dict:
-        code = "import json; from fastmtp.checkout import git_state; print(json.dumps(git_state()))"
-        variables = {**os.environ, "PYTHONPATH": str(root), **environment}
-        command = [sys.executable, "-c", code]
-        return json.loads(subprocess.check_output(command, env=variables, cwd=tmp_path))
-
-    commit(root)
-    return root, state
-
-
-def commit(root: Path) -> None:
-    who = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
-    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "m"]):
-        subprocess.run(["git", *words], cwd=root, check=True)
-
-
-def test_git_state_of_a_clone(clone, tmp_path):
-    root, state = clone
-    clean = state()
-    assert len(clean["git_commit"]) == 40 and clean["git_dirty"] is False
-    (root / "data").mkdir()
-    (root / "data" / "mine.jsonl").write_text("{}")
-    assert state() == clean  # one's own data is no change of the code
-    (root / "fastmtp" / "new.py").write_text("x = 1\n")
-    assert state() == clean | {"git_dirty": True}
-    (root / "fastmtp" / "new.py").unlink()
-    (root / "fastmtp" / "checkout.py").write_text((root / "fastmtp" / "checkout.py").read_text() + "# x\n")
-    assert state() == clean | {"git_dirty": True}
-    (tmp_path / "other").mkdir()
-    commit_of_hook = {"GIT_DIR": str(tmp_path / "other" / ".git"), "GIT_WORK_TREE": str(tmp_path / "other")}
-    assert state(**commit_of_hook) == clean | {"git_dirty": True}
-
-
-def test_somebody_elses_repository_is_not_reported(clone, tmp_path):
-    root, state = clone
-    shutil.rmtree(root / ".git")
-    commit(tmp_path)  # the folder around it: a vendored copy, or site-packages inside a project
-    assert state() == {"git_commit": None, "git_dirty": None}
-    (root / "pyproject.toml").write_text("[project]\nname = 'theirs'\n")
-    commit(root)
-    assert state() == {"git_commit": None, "git_dirty": None}
-
-
-@pytest.mark.parametrize(
-    "program, expected",
-    [
-        (str(REPOSITORY / "evaluation" / "run.py"), "python -m evaluation.run --x 'a b'"),
-        (str(REPOSITORY / "benchmarks" / "speed" / "run.py"), "python -m benchmarks.speed.run --x 'a b'"),
-        (str(REPOSITORY / "fastmtp" / "train.py"), "python -m fastmtp.train --x 'a b'"),
-        ("/home/u/.venv/bin/fastmtp", "fastmtp --x 'a b'"),
-        (str(REPOSITORY / ".venv" / "lib" / "tool.py"), "tool.py --x 'a b'"),
-        ("-c", "python -c --x 'a b'"),
-    ],
-)
-def test_the_recorded_command_holds_no_path_of_the_machine(monkeypatch, program, expected):
-    monkeypatch.setattr(sys, "argv", [program, "--x", "a b"])
-    assert provenance({})["command"] == expected
-
-
-def test_a_bench_script_started_in_its_own_folder_is_recorded_by_its_module(monkeypatch):
-    monkeypatch.chdir(REPOSITORY / "evaluation" / "mt_bench")
-    monkeypatch.setattr(sys, "argv", ["bench_sglang_eagle.py"])
-    assert provenance({})["command"] == "python -m evaluation.mt_bench.bench_sglang_eagle"
 
 
 # --- what is not ours
@@ -378,22 +247,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 
 
 # --- what comes with the project
-
-
-def test_a_shipped_file_is_found_from_any_folder_and_ones_own_comes_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resource("configs/quickstart.yaml").is_file() and resource("fastmtp/files.py").is_file()
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").write_text("mine")
-    assert resource("configs/quickstart.yaml").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "path", ["configs/none.yaml", "README.md", "/configs/quickstart.yaml", "", "tests/conftest.py"]
-)
-def test_other_paths_are_left_as_they_are(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    assert str(resource(path)) == str(Path(path))
 
 
 def left_behind(path: Path, kind: str) -> Path:
