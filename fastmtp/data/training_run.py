@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastmtp import files, fingerprint
 from fastmtp.cli import InputError
 from fastmtp.data.training_set import is_local, split_count
 from fastmtp.inputs import existing
+from fastmtp.weights import read_header
 
 RECORD = "training.json"
 # Keys that say where files lie, what is shown, or how fast it goes; what they name is compared by content.
@@ -29,7 +31,17 @@ NO_MATTER = {
     *("ddp_find_unused_parameters", "ddp_backend", "ddp_timeout", "gradient_checkpointing", "strict"),
 }
 LENGTH = ("max_steps", "num_train_epochs")
-NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt")
+DATALOADER = {
+    f"dataloader_{what}" for what in ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
+}
+NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+WRITTEN = re.compile(  # what ms-swift, transformers, DeepSpeed and FSDP put into a checkpoint
+    r"training\.json|.*\.safetensors(\.index\.json)?|(optimizer|scheduler|scaler)(_\d+)?(\.pt|\.bin)?"
+    r"|rng_state.*\.pth|trainer_state\.json|training_args\.bin|args\.json|(generation_)?config\.json"
+    r"|tokenizer.*|chat_template.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
+    r"|additional_chat_templates|additional_config\.json|global_step\d+|latest|zero_to_fp32\.py|README\.md"
+    r"|pytorch_model_fsdp.*"
+)
 
 
 @dataclass
@@ -71,7 +83,7 @@ def depends_on(recipe: dict) -> dict[str, object]:
         if any(taken):  # how many rows of a file, or the name on a hub
             settings[f"{key} taken"] = taken
     head.pop("mtp_compile", None)
-    own = {k: v for k, v in recipe.items() if k not in NO_MATTER and not k.startswith("dataloader_")}
+    own = {k: v for k, v in recipe.items() if k not in NO_MATTER | DATALOADER}
     return fingerprint.fingerprint(contents, settings | own | head | {"processes": processes()})
 
 
@@ -79,6 +91,11 @@ def begin(recipe: dict, overwrite: bool) -> Start:
     """Claim output_dir and decide where the run begins. Raises InputError if it may not begin at all."""
     output, now = Path(recipe["output_dir"]), depends_on(recipe)
     explicit = recipe.get("resume_from_checkpoint")
+    if not isinstance(explicit, str | None):
+        raise InputError(
+            f"resume_from_checkpoint must be a checkpoint's path, not {explicit!r}; leave it out: the same "
+            "command continues by itself"
+        )
     if explicit and overwrite:
         raise InputError("--overwrite starts over and --resume_from_checkpoint continues; give one of them")
     check_ours(output)
@@ -107,6 +124,8 @@ def check_ours(output: Path) -> None:
         raise InputError(f"{output}: not a folder; give another output_dir")
     if not output.exists() or not any(output.iterdir()):
         return
+    if (output / "trainer_state.json").exists():
+        raise InputError(f"{output}: a checkpoint of another run; give another output_dir")
     if not files.is_ours(output):
         raise InputError(f"{output}: the folder holds other files; give another output_dir or move them away")
     others = (files.read_record(output / "run.json") or {}).get("others", [])
@@ -137,7 +156,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 def clear(output: Path) -> None:
-    """Remove what an earlier run of ours left: its checkpoints, the links to them, its log."""
+    """Remove what an earlier run of ours left: its checkpoints, the links to them, its log. InputError for a
+    checkpoint that is a link, or that holds a file of somebody else's.
+    """
+    for path in checkpoints(output):
+        if path.is_symlink():
+            raise InputError(f"{path}: a link, which is not removed; move it elsewhere first")
+        others = sorted(p.name for p in path.iterdir() if not WRITTEN.fullmatch(p.name))
+        if others:
+            raise InputError(f"{path / others[0]}: not written by the training; move it elsewhere first")
     for path in checkpoints(output):
         shutil.rmtree(path)
     for name in ("best-checkpoint", "last-checkpoint", "logging.jsonl", RECORD):
@@ -164,10 +191,10 @@ def last_whole(output: Path, now: dict) -> Start:
 def continued(checkpoint: Path, now: dict) -> Start:
     """Begin at a checkpoint. InputError if it is not whole, or of a run that depends on something else."""
     progress = state(checkpoint)
-    missing = [name for name in NEEDED if not (checkpoint / name).exists()]
+    missing = [name for name in NEEDED if not is_whole(checkpoint, name)]
     if missing and not any(checkpoint.glob("global_step*")):  # deepspeed keeps the optimiser there
         raise InputError(
-            f"{checkpoint}: no {missing[0]}, so it cannot be continued; --overwrite true starts over"
+            f"{checkpoint}: no whole {missing[0]}, so it cannot be continued; --overwrite true starts over"
         )
     before = (_read(checkpoint / RECORD) or {}).get("fingerprint")
     if not isinstance(before, dict):
@@ -186,6 +213,14 @@ def continued(checkpoint: Path, now: dict) -> Start:
         print(f"fastmtp.train: longer than before ({words}); the learning rate follows the new length")
     target = _length(now, "max_steps") or (float("inf") if longer else progress["max_steps"])
     return Start(checkpoint.resolve(), progress["global_step"], progress["global_step"] >= target)
+
+
+def is_whole(checkpoint: Path, name: str) -> bool:
+    """Whether a checkpoint has files of this name (a pattern), and none of them is torn."""
+    paths = list(checkpoint.glob(name))
+    if name.endswith(".safetensors"):
+        return all(read_header(path) for path in paths) and bool(paths)
+    return all(zipfile.is_zipfile(path) for path in paths) and bool(paths)  # as torch.save writes them
 
 
 def shorter(before: dict, now: dict, progress: dict) -> list[str]:

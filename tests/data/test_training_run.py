@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastmtp import files
 from fastmtp.cli import InputError
@@ -35,8 +37,9 @@ def checkpoint(recipe, step, **found):
     """A checkpoint as a training of `recipe` leaves it."""
     folder = files.Path(recipe["output_dir"]) / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
-        (folder / name).write_text("")
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
     state = {"global_step": step, "max_steps": recipe.get("max_steps", 9)}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (folder / RECORD).write_text(json.dumps({"fingerprint": depends_on(recipe) | found}))
@@ -56,6 +59,7 @@ def test_the_same_command_goes_on(recipe, tmp_path):
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 4 -> 1"),
         ({"model_kwargs": {"mtp_num_steps": 5}}, "mtp_num_steps: 3 -> 5"),
         ({"model_kwargs": {"mtp_num_steps": 3, "mtp_labels": "kl"}}, 'mtp_labels: none -> "kl"'),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last: none -> true"),
         ({"max_steps": 3}, "max_steps: 4 -> 3"),
         ({"max_steps": -1}, "max_steps: 4 -> none"),
         ({"seed": 1}, "seed: none -> 1"),
@@ -115,7 +119,7 @@ def test_a_named_checkpoint_must_be_whole(recipe, tmp_path):
     named = recipe | {"resume_from_checkpoint": str(folder)}
     (folder / "optimizer.pt").unlink()
     for settings in (named, recipe):
-        with pytest.raises(InputError, match=r"checkpoint-2: no optimizer.pt"):
+        with pytest.raises(InputError, match=r"checkpoint-2: no whole optimizer.pt"):
             begin(settings, False)
     (folder / "trainer_state.json").write_text("{")
     with pytest.raises(InputError, match="no whole trainer_state.json"):
@@ -192,3 +196,45 @@ def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
     with pytest.raises(InputError, match="another process is writing"):
         begin(recipe, False)
     os.close(handle)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("torn", [None, 0, 0.9])
+def test_a_torn_checkpoint_is_named(recipe, tmp_path, name, torn):
+    path = tmp_path / "out" / "checkpoint-2" / name
+    if torn is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * torn)])
+    with pytest.raises(InputError, match=name.split(".")[0]):
+        begin(recipe, False)
+
+
+def test_overwrite_removes_nothing_of_others(recipe, tmp_path):
+    mine = tmp_path / "out" / "checkpoint-2" / "notes.txt"
+    mine.write_text("x")
+    with pytest.raises(InputError, match="notes.txt"):
+        begin(recipe, True)
+    assert mine.exists() and (mine.parent / "optimizer.pt").exists()
+    mine.unlink()
+    mine.parent.rename(tmp_path / "elsewhere")
+    mine.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="a link"):
+        begin(recipe, True)
+    assert (tmp_path / "elsewhere" / "optimizer.pt").exists()
+    mine.parent.unlink()
+    begin(recipe, True)
+
+
+def test_a_checkpoint_is_no_output_dir(recipe, tmp_path):
+    inside = tmp_path / "out" / "checkpoint-2"
+    before = {path.name for path in inside.iterdir()}
+    with pytest.raises(InputError, match="a checkpoint of another run"):
+        begin(recipe | {"output_dir": str(inside)}, False)
+    assert {path.name for path in inside.iterdir()} == before
+
+
+@pytest.mark.parametrize("value", [True, 5, ["a"]])
+def test_resume_from_something_else_is_refused(recipe, value):
+    with pytest.raises(InputError, match="continues by itself"):
+        begin(recipe | {"resume_from_checkpoint": value}, False)
