@@ -182,13 +182,20 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reasons = [error, error.__cause__, error.__context__]
-        full = any(isinstance(r, OSError) and r.errno in (errno.ENOSPC, errno.EDQUOT) for r in reasons)
-        if full or "No space left on device" in str(error) or "os error 28" in str(error):
-            raise InputError(
-                f"{path}: the disk is full; free some space and run the same command again"
-            ) from None
+        if is_full(error):
+            raise full(path) from None
         raise
+
+
+def full(path: str | Path) -> InputError:
+    return InputError(f"{path}: the disk is full; free some space and run the same command again")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a full disk is behind an error, whichever library raised it."""
+    reasons = [error, error.__cause__, error.__context__]
+    known = any(isinstance(r, OSError) and r.errno in (errno.ENOSPC, errno.EDQUOT) for r in reasons)
+    return known or "No space left on device" in str(error) or "os error 28" in str(error)
 
 
 def write_json(path: str | Path, value: object) -> None:

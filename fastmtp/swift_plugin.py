@@ -13,8 +13,10 @@ Recipes give the head's settings as `model_kwargs`, which ms-swift turns into en
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -30,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from fastmtp.chat import encode_chat
 from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.data.samples import check_measurable, read_samples
+from fastmtp.files import is_full
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
 from fastmtp.leftovers import is_running
 from fastmtp.model import Model
@@ -204,8 +207,23 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def leave_full_disks(output: Path) -> None:
+    """End with code ENOSPC, not a traceback, if the disk of `output` is full: fastmtp.train says so.
+
+    torch.save loses the system's reason; what is left on the disk tells.
+    """
+
+    def hook(kind, error, trace) -> None:
+        if is_full(error) or (isinstance(error, RuntimeError) and shutil.disk_usage(output).free < 1 << 16):
+            os._exit(errno.ENOSPC)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 if "FASTMTP_PARENT" in os.environ:
     end_with(int(os.environ["FASTMTP_PARENT"]))
+    leave_full_disks(Path(os.environ["FASTMTP_RECORD"]).parent)
 callbacks_map["mtp_tau"] = TauCallback
 callbacks_map["mtp_gather"] = GatherCallback
 register_template(

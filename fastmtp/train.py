@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import re
@@ -211,6 +212,8 @@ def train(recipe: dict, overwrite: bool = False, max_dropped: float = MAX_DROPPE
             print(f"{start.checkpoint}: continued from step {start.step}", flush=True)
         with tempfile.TemporaryDirectory(prefix="fastmtp-train-") as folder:
             code = run_swift(recipe, sets, start, Path(folder))
+        if code == errno.ENOSPC:
+            raise files.full(output)
         if code:
             print(
                 f"fastmtp.train: `swift sft` ended with code {code}; its own messages are above",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.killing import can_mount, pages, resize, small_disk
 from helpers.training import FLOAT32, HALF, STEPS, make_inputs, sft, succeeded, weights
 
 from fastmtp.acceptance import read_samples
@@ -176,6 +177,25 @@ def test_the_best_checkpoint_outlives_rotation(work):
     assert read_head(work / "still" / "best-checkpoint").keys() == HEAD_TENSORS
     left = sorted(path.name for path in (work / "still").glob("checkpoint-*"))
     assert left == ["checkpoint-1", f"checkpoint-{STEPS}"]
+
+
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk here")
+@pytest.mark.parametrize("share", [0.15, 0.6], ids=["in the weights", "in the optimiser's state"])
+def test_a_full_disk_is_one_line_and_the_same_command_continues(work, whole, share):
+    """There is no space for the last checkpoint but for a share of it; with space the training goes on."""
+    last = pages(whole / f"checkpoint-{STEPS}")
+    with small_disk(work / "full"):
+        resize(work / "full", pages(whole) - last + int(share * last))
+        result = sft(work, "full", **FLOAT32)
+        assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-4000:]
+        assert "Traceback" not in result.stderr and result.stderr.count("the disk is full") == 1
+        assert result.stderr.splitlines()[-1].startswith("fastmtp.train: error: ")
+        resize(work / "full", 1 << 14)
+        result = sft(work, "full", **FLOAT32)
+        succeeded(result)
+        assert f"continued from step {HALF}" in result.stdout
+        expected, head = (weights(folder / f"checkpoint-{STEPS}") for folder in (whole, work / "full"))
+        assert all(torch.equal(head[name], expected[name]) for name in expected)
 
 
 LONG, OFTEN = 100, 5

@@ -225,7 +225,7 @@ def can_mount() -> bool:
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
     """A disk of its own at `folder`, with plenty of space: `resize` changes that."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "small", str(folder)], check=True)
     try:
         yield
