@@ -28,7 +28,8 @@ import numpy as np
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.clean_set import Clean, CurateConfig, scan
 from fastmtp.data.curate_report import Tally, write_report
-from fastmtp.data.mixture import DataConfig, choose
+from fastmtp.data.mixture import choose
+from fastmtp.data.sources import DataConfig
 from fastmtp.files import atomic, check_output, claim, disk_errors, read_record, record_of, write_provenance
 from fastmtp.inputs import existing, shipped
 from fastmtp.yaml_file import load_yaml

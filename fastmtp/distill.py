@@ -23,9 +23,9 @@ from tqdm import tqdm
 from fastmtp import files, fingerprint
 from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
 from fastmtp.data.journal import Journal
-from fastmtp.data.mixture import DataConfig, Sampling, load_samplings
 from fastmtp.data.prompts import Chat, chats, file_rows, limited, listed_rows
 from fastmtp.data.rendering import check_template
+from fastmtp.data.sources import DataConfig, Sampling, load_samplings
 from fastmtp.engines.address import api_key
 from fastmtp.engines.process import ServerError
 from fastmtp.inputs import existing, shipped

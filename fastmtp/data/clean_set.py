@@ -19,8 +19,8 @@ from fastmtp.cli import InputError
 from fastmtp.data.cleaning import CleanConfig
 from fastmtp.data.curate_report import Tally
 from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates
-from fastmtp.data.mixture import DataConfig
 from fastmtp.data.scan import FOREIGN, Rules, Scanned, Spelling, scan_line
+from fastmtp.data.sources import DataConfig
 from fastmtp.inputs import existing
 
 CHUNK = 128  # samples that travel to a worker together

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from fastmtp.data.journal import Journal, sample
-from fastmtp.data.mixture import Sampling
 from fastmtp.data.prompts import Chat
 from fastmtp.data.rendering import Refused, question_ids
+from fastmtp.data.sources import Sampling
 from fastmtp.model import Model
 
 WINDOW = 16384  # prompts held at a time, to be batched with others of like length

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastmtp.cli import InputError
 from fastmtp.data.messages import refuse_unread, row_messages, text_field
-from fastmtp.data.mixture import DataConfig, Sampling, Source
+from fastmtp.data.sources import DataConfig, Sampling, Source
 from fastmtp.inputs import read_jsonl
 from fastmtp.vocab.lang import detect
 

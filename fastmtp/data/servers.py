@@ -22,8 +22,8 @@ from pathlib import Path
 import aiohttp
 
 from fastmtp.cli import InputError
-from fastmtp.data.mixture import Sampling
 from fastmtp.data.rendering import Refused, check_template
+from fastmtp.data.sources import Sampling
 from fastmtp.engines.client import session
 from fastmtp.engines.process import ServerError
 from fastmtp.inputs import read_json

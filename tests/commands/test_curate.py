@@ -13,8 +13,9 @@ import pytest
 from fastmtp import curate
 from fastmtp.cli import InputError
 from fastmtp.data.clean_set import CurateConfig
-from fastmtp.data.mixture import DataConfig, choose
+from fastmtp.data.mixture import choose
 from fastmtp.data.scan import training_row
+from fastmtp.data.sources import DataConfig
 from fastmtp.yaml_file import load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

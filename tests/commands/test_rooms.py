@@ -160,3 +160,18 @@ def test_imports_inside_functions_are_listed_with_a_reason():
     assert {
         (here, there) for here, there, inside in arrows() if inside and there.split(".")[0] in OURS
     } == INSIDE
+
+
+def test_the_contributors_page_names_every_room():
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    parts = {
+        name
+        for name in modules()
+        if name.startswith("fastmtp.") and name.count(".") == 1 and name not in commands()
+    }
+    rooms = {
+        path.name for path in (REPOSITORY / "fastmtp").iterdir() if path.is_dir() and path.name[0] not in "_."
+    }
+    files = {f"{name.split('.')[1]}.py" for name in parts} - {f"{room}.py" for room in rooms}
+    absent = [name for name in (*files, *(f"{room}/" for room in rooms)) if name not in page]
+    assert absent == []

@@ -7,8 +7,8 @@ import pytest
 
 from fastmtp import distill
 from fastmtp.cli import InputError
-from fastmtp.data.mixture import DataConfig
 from fastmtp.data.prompts import listed_rows, read_prompts
+from fastmtp.data.sources import DataConfig
 from fastmtp.yaml_file import load_yaml, read_mapping
 
 
