@@ -21,6 +21,7 @@ from fastmtp.checkpoint import head_folder
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.data.rendering import Refused, question_ids
+from fastmtp.data.samples import check_answers
 from fastmtp.fingerprint import fingerprint, machine
 from fastmtp.inputs import read_jsonl, shipped
 from fastmtp.model import Model, check, head_for, load, put_head
@@ -81,6 +82,7 @@ def encode_prompts(tokenizer, prompts: list[dict], answer: int, context: int, pa
     """
     encoded = []
     for prompt in prompts:
+        check_answers(tokenizer, prompt["messages"], f"{path}: prompt '{prompt['id']}'")
         try:
             ids = question_ids(tokenizer, prompt["messages"], answer, context)
         except Refused as refusal:

@@ -62,8 +62,10 @@ def check(recipe: dict, known: set[str], place: str) -> None:
             raise InputError(f"{place}: 'model_kwargs' must be a block of the head's settings")
         for key in settings:
             if key not in allowed:
-                near = difflib.get_close_matches(key, allowed, 1)
-                hint = f"did you mean '{near[0]}'?" if near else "see `swift sft --help`"
+                near = difflib.get_close_matches(key, {*allowed, *HEAD_KEYS}, 1)
+                own = f"the head's settings are {', '.join(HEAD_KEYS)}"
+                other = own if key.startswith("mtp_") else "see `swift sft --help`"
+                hint = f"did you mean '{near[0]}'?" if near else other
                 raise InputError(f"{place}: unknown key '{key}'; {hint}")
     for key in NEEDED:
         if not recipe.get(key):

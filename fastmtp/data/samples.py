@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
-from fastmtp.chat import IGNORE, encode_chat
+from fastmtp.chat import IGNORE, encode_chat, exact_ids
 from fastmtp.cli import InputError
 from fastmtp.data.messages import ROLES, text_field
 from fastmtp.inputs import read_jsonl
@@ -68,7 +68,7 @@ def last_answer(tokenizer, messages: list[dict], place: str) -> dict[str, list[i
         ids, labels = encode_chat(tokenizer, messages)
     except Exception as error:  # the template is the model's own code, and refuses in its own words
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{place}: not a chat that the model's template reads ({reason}); fix it") from None
+        raise InputError(f"{place}: cannot be read as a chat ({reason}); fix or remove this line") from None
     start = max((i + 1 for i, label in enumerate(labels) if label == IGNORE), default=0)
     return {"prompt_ids": ids[:start], "output_ids": ids[start:]}
 
@@ -84,17 +84,32 @@ def _messages(row: dict, place: str) -> list[dict]:
                 f"{place}: a message has the role {message.get('role')!r}, expected {', '.join(ROLES)}; "
                 "fix or remove this line"
             )
+        content, own = message.get("content"), message["role"] == "assistant"
+        exact = own and isinstance(content, dict) and isinstance(content.get("token_ids"), list)
+        if content is not None and not isinstance(content, str) and not exact:
+            raise InputError(f"{place}: a message's `content` is not a text; fix or remove this line")
+        if content is None and row.get("output_ids") is None:
+            raise InputError(f"{place}: a message has no `content`; fix or remove this line")
     return messages
 
 
-def _check_spelling(tokenizer, ids: list[int], message: dict, place: str) -> None:
+def check_answers(tokenizer, messages: list[dict], place: str) -> None:
+    """InputError for answers of a chat whose exact ids are not the tokenizer's, or spell other text."""
+    for message in messages:
+        ids = exact_ids(message)
+        if ids is not None:
+            check_ids(ids, "token_ids", len(tokenizer), place)
+            _check_spelling(tokenizer, ids, message, place, "token_ids")
+
+
+def _check_spelling(tokenizer, ids: list[int], message: dict, place: str, name: str = "output_ids") -> None:
     """InputError for ids of another tokenizer: they spell other text than the answer beside them."""
     text = message.get("content")
     if not isinstance(text, str) or not text.strip():
         return
     if not spells(tokenizer, ids, text):
         raise InputError(
-            f"{place}: `output_ids` spell other text than the answer beside them; distil with this model"
+            f"{place}: `{name}` spell other text than the answer beside them; distil with this model"
         )
 
 

@@ -363,6 +363,14 @@ def test_somebody_elses_file_stays(place, capsys):
         assert out.read_text() == before
 
 
+def answered(ids) -> dict:
+    """A prompt whose earlier answer says its exact tokens."""
+    turns = [("user", "what?"), ("assistant", "the cat"), ("user", "and?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[1]["token_ids"] = ids
+    return {"messages": messages}
+
+
 @pytest.mark.parametrize(
     "row, words",
     [
@@ -373,8 +381,14 @@ def test_somebody_elses_file_stays(place, capsys):
         ({"messages": [{"content": "x"}]}, "prompts.jsonl:2: "),
         ({"messages": [{"role": "tool", "content": "5"}]}, "prompts.jsonl:2: "),
         ({"id": "half \ud83d", "prompt": "x"}, "prompts.jsonl:2: "),
+        (answered([9999]), "`token_ids` has '9999'"),
+        (answered(["5"]), "`token_ids` has '5'"),
+        (answered([70, 71, 72]), "`token_ids` spell other text"),
     ],
-    ids=["long", "null", "number", "null message", "no role", "tool", "surrogate"],
+    ids=[
+        *("long", "null", "number", "null message", "no role", "tool", "surrogate"),
+        *("ids beyond", "ids as texts", "ids of other text"),
+    ],
 )
 def test_a_prompt_that_cannot_be_asked_is_named_before_anything_is_loaded(
     place, capsys, row, words, monkeypatch

@@ -37,6 +37,8 @@ def test_ids_are_whole_numbers_of_the_model(tmp_path, name, ids, tokenizer):
         {"messages": [{"content": "no role"}]},
         {"messages": [{"role": ["user"], "content": "x"}]},
         {"messages": [ASKED, {"role": "assistant", "content": "quite another answer"}]},
+        {"messages": [ASKED | {"content": {"token_ids": [5]}}, {"role": "assistant", "content": "x"}]},
+        {"messages": [ASKED | {"content": 5}, {"role": "assistant", "content": "x"}]},
         {"source": ["a"]},
         {"lang": True},
     ],
