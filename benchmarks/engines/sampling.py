@@ -3,25 +3,26 @@
     python -m benchmarks.engines.sampling --model models/smollm2-fastmtp --token-map vocab/smollm2/en_8k.pt \\
         --out results/vllm_sampling.md
 
-Every arm answers one prompt with a few tokens under each seed. The first token comes from the prompt alone;
-those after it come from verification, so each position's tokens are compared with plain decoding's. The last
-arm is a planted error: drafts are accepted without a look at the backbone. It must fail and the others pass.
+Every arm continues one short text by a few tokens under each seed. The first token comes from the prompt
+alone; those after it come from verification, so each position's tokens are compared with plain decoding's.
+The last arm is a planted error: drafts are accepted without a look at the backbone. Exit code 1 unless it is
+caught and all others pass. About fifteen minutes on two quiet cores.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scipy.stats import chi2_contingency
 
 from evaluation.backend_vllm import VllmServer
 from fastmtp import files, markdown
-from fastmtp.chat import prompt_ids
 from fastmtp.cli import Parser, at_least, run
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports
@@ -29,8 +30,12 @@ from fastmtp.tokenizer import load_tokenizer
 
 TOKENS = 3  # per seed: the prompt's own, and two of the first verify pass
 RARE = 10  # tokens seen less often in both arms together share a column
-AT_ONCE = 32
-PROMPT = [{"role": "user", "content": "Tell me something about an animal that you like."}]
+AT_ONCE = 128
+PROMPT = "My favourite animal is"  # short, because every seed reads it anew; many tokens can follow
+ALPHA = (
+    1e-3  # a p below it is a difference; some thirty tests of the same distribution give one in 3 % of runs
+)
+PLANTED = "accepted unseen"
 
 
 @dataclass
@@ -42,29 +47,42 @@ class Arm:
     token_map: str | None = None
 
 
-def arms(token_map: str) -> list[Arm]:
+def arms(token_map: str, num_steps: int) -> list[Arm]:
     """Plain, what is served, drafts that are sampled, and the planted error."""
     sampled = {"draft_sample_method": "probabilistic", "use_local_argmax_reduction": False}
-    wrong = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [1.0, 1.0, 1.0]}
+    wrong = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [1.0] * num_steps}
     return [
         Arm("plain"),
         Arm("plain, other seeds"),
         Arm("greedy drafts", {}),
         Arm("greedy drafts, map", {}, token_map),
         Arm("sampled drafts, map", sampled, token_map),
-        Arm("accepted unseen", wrong),
+        Arm(PLANTED, wrong),
     ]
 
 
-def p_value(one: Sequence[int], other: Sequence[int]) -> float:
-    """Chance of two samples that differ as much if both come from one distribution."""
+@dataclass
+class Test:
+    """A chi-square test of two samples of tokens. counts: of the tokens seen, those of either sample."""
+
+    statistic: float
+    freedom: int
+    p: float
+    counts: dict[int, tuple[int, int]]
+
+
+def compare(one: Sequence[int], other: Sequence[int]) -> Test:
+    """p: the chance of two samples that differ as much if both come from one distribution."""
     first, second = Counter(one), Counter(other)
-    columns = {token: (first[token], second[token]) for token in first.keys() | second.keys()}
-    table = [counts for counts in columns.values() if sum(counts) >= RARE]
-    rest = [counts for counts in columns.values() if sum(counts) < RARE]
+    counts = {token: (first[token], second[token]) for token in sorted(first.keys() | second.keys())}
+    table = [pair for pair in counts.values() if sum(pair) >= RARE]
+    rest = [pair for pair in counts.values() if sum(pair) < RARE]
     if rest:
         table.append((sum(a for a, _ in rest), sum(b for _, b in rest)))
-    return float(chi2_contingency(list(zip(*table, strict=True))).pvalue) if len(table) > 1 else 1.0
+    if len(table) < 2:
+        return Test(0.0, 0, 1.0, counts)
+    result = chi2_contingency(list(zip(*table, strict=True)))
+    return Test(float(result.statistic), int(result.dof), float(result.pvalue), counts)
 
 
 async def sample(url: str, ids: list[int], temperature: float, seeds: range) -> list[list[int]]:
@@ -88,7 +106,7 @@ def answers(args, arm: Arm, seeds: range, ids: list[int]) -> dict[float, list[li
         "--max-num-seqs",
         str(AT_ONCE),
         "--max-model-len",
-        "512",
+        "256",
         "--enforce-eager",
     ]
     steps = 0 if arm.drafts is None else args.num_steps
@@ -117,35 +135,72 @@ def parser() -> Parser:
     return p
 
 
+def report(args, version: str, rows: list[dict], verdict: str) -> str:
+    """The table, with the conditions."""
+    cells = [
+        [
+            row["arm"],
+            f"{row['temperature']:g}",
+            str(row["token"]),
+            str(len(row["counts"])),
+            f"{row['statistic']:.1f}",
+            str(row["freedom"]),
+            f"{row['p']:.2g}",
+        ]
+        for row in rows
+    ]
+    head = ["arm", "temperature", "token", "different tokens", "chi-square", "degrees of freedom", "p"]
+    return (
+        f"# vLLM's sampling with drafts\n\n{Path(args.model).name} on vLLM {version} (CPU build), "
+        f"{len(os.sched_getaffinity(0))} cores, float32, K={args.num_steps}; '{PROMPT}' continued by "
+        f"{TOKENS} tokens under {args.seeds} seeds per arm and temperature. "
+        "p: the chance of samples that differ from "
+        "plain decoding's as much, if both come from one distribution. Tokens seen less often than "
+        f"{RARE} times share a column.\n\n{markdown.grid(head, cells, 1)}\n\n{verdict}\n\n"
+        f"    python -m benchmarks.engines.sampling --model {args.model} --token-map {args.token_map} "
+        f"--seeds {args.seeds} --out {args.out}\n"
+    )
+
+
+def judge(rows: list[dict]) -> tuple[bool, str]:
+    """(Whether the result is right, a sentence about it.)"""
+    odd = [row for row in rows if row["arm"] != PLANTED and row["p"] < ALPHA]
+    lowest = min(row["p"] for row in rows if row["arm"] != PLANTED)
+    caught = all(
+        any(row["p"] < ALPHA for row in rows if row["arm"] == PLANTED and row["temperature"] == t)
+        for t in {row["temperature"] for row in rows}
+    )
+    text = f"Smallest p of the arms that verify: {lowest:.2g}. "
+    text += f"{len(odd)} of them differ from plain decoding (p < {ALPHA:g}). "
+    text += f"The planted error is {'caught' if caught else 'NOT caught'} at every temperature."
+    return caught and not odd, text
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "num_steps", "seeds")
     files.claim(args.out)
-    ids = prompt_ids(load_tokenizer(args.model), PROMPT)
-    plain, rows = None, []
-    for number, arm in enumerate(arms(args.token_map)):
+    ids = load_tokenizer(args.model)(PROMPT)["input_ids"]
+    plain, rows = {}, []
+    for number, arm in enumerate(arms(args.token_map, args.num_steps)):
         seeds = range(number * args.seeds, (number + 1) * args.seeds)  # no arm shares a seed with another
-        result = answers(args, arm, seeds, ids)
-        plain = plain or result
-        for temperature, texts in result.items():
-            if texts is plain[temperature]:
+        for temperature, texts in answers(args, arm, seeds, ids).items():
+            if temperature not in plain:
+                plain[temperature] = texts
                 continue
-            values = [
-                p_value([text[i] for text in plain[temperature]], [text[i] for text in texts])
-                for i in range(TOKENS)
-            ]
-            print(f"{arm.name}, temperature {temperature}: {values}", flush=True)
-            rows.append([arm.name, f"{temperature:g}", *(f"{value:.2g}" for value in values)])
-    head = ["arm", "temperature", *(f"p, token {i + 1}" for i in range(TOKENS))]
-    text = (
-        f"# vLLM's sampling with drafts\n\nvLLM {vllm.installed().version} (CPU build), float32, "
-        f"{Path(args.model).name}, {args.seeds} seeds per arm, K={args.num_steps}. p: the chance of samples "
-        "that differ from plain decoding's as much, if both come from one distribution.\n\n"
-    )
+            columns = zip(zip(*plain[temperature], strict=True), zip(*texts, strict=True), strict=True)
+            tests = [compare(one, other) for one, other in columns]
+            about = {"arm": arm.name, "temperature": temperature}
+            rows += [about | {"token": i + 1} | asdict(test) for i, test in enumerate(tests)]
+            print(arm.name, temperature, *(f"{test.p:.2g}" for test in tests), flush=True)
+    right, verdict = judge(rows)
+    text = report(args, vllm.installed().version, rows, verdict)
     with files.atomic(args.out) as temporary:
-        temporary.write_text(text + markdown.grid(head, rows, 1) + "\n", encoding="utf-8")
-    files.write_provenance(args.out, vars(args))
+        temporary.write_text(text, encoding="utf-8")
+    files.write_provenance(args.out, vars(args) | {"rows": rows})
     print(text)
+    if not right:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

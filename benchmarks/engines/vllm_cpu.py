@@ -124,8 +124,8 @@ def parser() -> Parser:
     p.add_argument(
         "--prompts", default="examples/prompts.jsonl", help="default %(default)s, its held-out rows"
     )
-    p.add_argument("--limit", type=int, default=10, help="prompts per round (default %(default)s)")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="default %(default)s")
+    p.add_argument("--limit", type=int, default=4, help="prompts per round (default %(default)s)")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
     p.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     p.add_argument("--out", required=True, metavar="FILE.md")
     return p
