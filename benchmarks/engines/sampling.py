@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -47,17 +48,36 @@ class Arm:
     token_map: str | None = None
 
 
-def arms(token_map: str, num_steps: int) -> list[Arm]:
+# A plugin of vLLM's: the rule accepts a draft if p/q is at least a uniform number, and that is now always 0.
+ACCEPT_ALL = """def register():
+    from vllm.v1.sample import rejection_sampler
+    draw = rejection_sampler.generate_uniform_probs
+    rejection_sampler.generate_uniform_probs = lambda *args, **names: draw(*args, **names).zero_()
+"""
+
+
+def plant(folder: Path) -> dict[str, str]:
+    """Write the plugin into `folder` as an installed package; the environment in which vLLM loads it."""
+    (folder / "accept_all.py").write_text(ACCEPT_ALL, encoding="utf-8")
+    about = folder / "accept_all-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: accept-all\nVersion: 1\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\naccept_all = accept_all:register\n", encoding="utf-8"
+    )
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
+def arms(token_map: str) -> list[Arm]:
     """Plain, what is served, drafts that are sampled, and the planted error."""
     sampled = {"draft_sample_method": "probabilistic", "use_local_argmax_reduction": False}
-    wrong = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [1.0] * num_steps}
     return [
         Arm("plain"),
         Arm("plain, other seeds"),
         Arm("greedy drafts", {}),
         Arm("greedy drafts, map", {}, token_map),
         Arm("sampled drafts, map", sampled, token_map),
-        Arm(PLANTED, wrong),
+        Arm(PLANTED, {}),
     ]
 
 
@@ -115,8 +135,12 @@ def answers(args, arm: Arm, seeds: range, ids: list[int]) -> dict[float, list[li
         place = line.index("--speculative-config") + 1
         line[place] = json.dumps(json.loads(line[place]) | arm.drafts)
     log = Path(args.out).with_suffix("") / f"{arm.name.replace(', ', '-').replace(' ', '-')}.log"
-    with Server(line, port, log, env=vllm.environment(engine, args.model)) as server:
-        return {t: asyncio.run(sample(server.url, ids, t, seeds)) for t in args.temperatures}
+    env = vllm.environment(engine, args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        if arm.name == PLANTED:
+            env |= plant(Path(folder))
+        with Server(line, port, log, env=env) as server:
+            return {t: asyncio.run(sample(server.url, ids, t, seeds)) for t in args.temperatures}
 
 
 def parser() -> Parser:
@@ -182,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.claim(args.out)
     ids = load_tokenizer(args.model)(PROMPT)["input_ids"]
     plain, rows = {}, []
-    for number, arm in enumerate(arms(args.token_map, args.num_steps)):
+    for number, arm in enumerate(arms(args.token_map)):
         seeds = range(number * args.seeds, (number + 1) * args.seeds)  # no arm shares a seed with another
         for temperature, texts in answers(args, arm, seeds, ids).items():
             if temperature not in plain:

@@ -1,10 +1,12 @@
 """The test of a server's sampling passes equal distributions, finds others, and must find a planted error."""
 
+import os
 import random
+from importlib import metadata
 
 import pytest
 
-from benchmarks.engines.sampling import ALPHA, PLANTED, arms, compare, judge
+from benchmarks.engines.sampling import ALPHA, PLANTED, compare, judge, plant
 
 WEIGHTS = [50, 20, 10, 8, 5, 3, 2, 1, 0.5, 0.5]
 
@@ -43,5 +45,13 @@ def test_the_planted_error_must_be_caught_at_every_temperature():
     assert not judge(half)[0]
 
 
-def test_the_planted_arm_fits_the_number_of_drafts():
-    assert arms("map.pt", 2)[-1].drafts["synthetic_acceptance_rates"] == [1.0, 1.0]
+def test_the_planted_error_is_a_plugin_that_vllm_finds(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    path = plant(tmp_path)["PYTHONPATH"].split(os.pathsep)
+    assert path == [str(tmp_path), "/elsewhere"]
+    monkeypatch.syspath_prepend(tmp_path)
+    (point,) = metadata.distribution("accept-all").entry_points
+    assert callable(point.load()) and (point.group, point.value) == (
+        "vllm.general_plugins",
+        "accept_all:register",
+    )
