@@ -233,7 +233,11 @@ def test_a_prompt_beyond_the_context_is_recorded_and_the_others_answered(place, 
     with StandIn() as server, pytest.raises(SystemExit, match="1 prompts got no answer.*context leaves 508"):
         run("--max-new-tokens", "4", server=server if way == "server" else None)
     (failed,) = lines("out.failed.jsonl")
-    assert len(lines()) == 1 and "shorten it" in failed["reason"] and asked(failed).startswith("long long")
+    assert (
+        len(lines()) == 1
+        and "context leaves 508" in failed["reason"]
+        and asked(failed).startswith("long long")
+    )
 
 
 def test_a_url_without_a_server_is_named(place):
