@@ -225,7 +225,9 @@ def train(recipe: dict, overwrite: bool = False, max_dropped: float = MAX_DROPPE
         if not training_run.checkpoints(output):
             print(f"fastmtp.train: error: {output}: the training made no checkpoint", file=sys.stderr)
             raise SystemExit(1)
-        check_learnt(recipe["model"], training_run.checkpoints(output)[-1])
+    check_learnt(
+        recipe["model"], start.checkpoint if start.finished else training_run.checkpoints(output)[-1]
+    )
     recorded = "fingerprint" in (files.read_record(output / "run.json") or {})
     if int(os.environ.get("NODE_RANK") or 0) == 0 and not (start.finished and recorded):
         local = [name for name in names(recipe, "dataset") if is_local(name)]

@@ -1,6 +1,7 @@
 """The command up to ms-swift, which a stand-in replaces: what would train nothing is refused, in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.tiny import save_folder
 from fastmtp import files, train
 from fastmtp.checkpoint import read_head, save_head
 from fastmtp.cli import InputError
+from fastmtp.data.training_run import RECORD
 
 KEYS = {
     *("model", "dataset", "output_dir", "model_kwargs", "val_dataset", "max_length", "learning_rate"),
@@ -37,6 +39,10 @@ def command(model, tmp_path, monkeypatch):
         seen.append({key: [ids.tolist() for ids, _ in rows.sequences()] for key, rows in sets.items()})
         checkpoint = Path(recipe["output_dir"]) / "checkpoint-1"
         checkpoint.mkdir()
+        shutil.copyfile(checkpoint.parent / RECORD, checkpoint / RECORD)
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 2}')
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, checkpoint / name)
         head = read_head(recipe["model"])
         save_head(checkpoint, {name: t.float() + recipe["learning_rate"] * moved for name, t in head.items()})
         return 0
@@ -91,9 +97,11 @@ def test_a_recipe_that_trains_nothing_is_refused(command, changes, words):
 
 
 def test_a_training_that_changed_nothing_is_an_error(command):
-    call, _ = command
-    with pytest.raises(InputError, match="not one weight changed"):
-        call(stuck=True)
+    call, seen = command
+    for _ in range(2):  # the second time the training is finished, and has learnt no more
+        with pytest.raises(InputError, match="not one weight changed"):
+            call(stuck=True)
+    assert len(seen) == 1
 
 
 def test_a_model_without_a_chat_template_is_named(command, model, tmp_path):
