@@ -75,7 +75,7 @@ class Prompts:
                 turns = self.messages(question, ["an answer"] * (len(question) - 1))
                 question_ids(self.tokenizer, turns, 1, context)
             except Refused as refusal:
-                raise InputError(f"{source}: question {number} {refusal}; shorten or remove it") from None
+                raise InputError(f"{source}: question {number} {refusal}; fix or remove it") from None
 
     def ids(self, user: list[str], answers: list[str] = ()) -> list[int]:
         """Token ids of the prompt for the last user turn, after the answers to the turns before it."""

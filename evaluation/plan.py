@@ -35,7 +35,7 @@ from fastmtp.engines.sglang_flags import (
     streams,
     values,
 )
-from fastmtp.files import check_output, claim
+from fastmtp.files import check_apart, check_output, claim
 from fastmtp.fingerprint import fingerprint, gpu_name, machine
 from fastmtp.inputs import existing, read_json, resource
 from fastmtp.tokenizer import load_tokenizer
@@ -281,6 +281,7 @@ class Plan:
 
     def claim(self, *outputs: str) -> None:
         """Hold the folder for this process. InputError if an output would replace somebody's file in it."""
+        check_apart(self.out, *(arm.model for arm in self.arms), self.args.question_folder)
         claim(self.out, folder=True)
         logs = [f"logs/{arm.folder}.log" for arm in self.arms]
         for name in (*outputs, *logs, *(f"environments/{arm.folder}.json" for arm in self.arms)):

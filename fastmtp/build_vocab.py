@@ -227,12 +227,13 @@ def check_sizes(sizes: list[int], vocab: np.ndarray, forced: np.ndarray) -> None
         )
 
 
-def claim(out: Path, names: list[str], sizes: list[int]) -> None:
+def claim(out: Path, names: list[str], sizes: list[int], compared: list[str]) -> None:
     """Claim the folder before minutes are spent; InputError if somebody else's file would be replaced."""
     files.claim(out, folder=True)
     maps = [map_name(name, size) for name in (*names, UNION) for size in sizes if name != "auto"]
     for name in [*(f"{name}{end}" for name in maps for end in (".pt", ".json")), "coverage.png"]:
         files.check_output(out / name)
+        files.check_apart(out / name, *compared)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sizes(sizes, vocab, forced)
     compared = {path: load_map(path, tokenizer, int(vocab[-1]) + 1).numpy() for path in args.compare}
     out = Path(args.out)
-    claim(out, names, sizes)
+    claim(out, names, sizes, args.compare)
 
     # One pass over the corpus, then each language's and size's map from the same counts.
     try:

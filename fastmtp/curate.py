@@ -30,7 +30,16 @@ from fastmtp.data.clean_set import Clean, CurateConfig, scan
 from fastmtp.data.curate_report import Tally, write_report
 from fastmtp.data.mixture import choose
 from fastmtp.data.sources import DataConfig
-from fastmtp.files import atomic, check_output, claim, disk_errors, read_record, record_of, write_provenance
+from fastmtp.files import (
+    atomic,
+    check_apart,
+    check_output,
+    claim,
+    disk_errors,
+    read_record,
+    record_of,
+    write_provenance,
+)
 from fastmtp.inputs import existing, shipped
 from fastmtp.yaml_file import load_yaml
 
@@ -204,6 +213,7 @@ def main(argv=None) -> None:
     claim(out, folder=True)
     for name in OUTPUTS:
         check_output(out / name)
+        check_apart(out / name, *args.input, *config.exclude, args.recipe, config.data)
     with disk_errors(out):
         counts = curate(args.input, config, model, out, args.workers)
         inputs = [*args.input, *config.exclude, *filter(None, [args.recipe, config.data])]

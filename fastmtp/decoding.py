@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = config.max_position_embeddings
     prompts = encode_prompts(tokenizer, prompts, args.max_new_tokens, context, args.prompts)
     out = Path(args.out)
+    files.check_apart(out, args.model, args.prompts, args.token_map)
     files.claim(out)
 
     depends, maps = dependencies(args)

@@ -203,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args, flags)
     questions = Questions(args)
     try:
+        files.check_apart(args.out, args.model, args.data, args.sampling, *(args.prompts or []))
         with Journal(args.out, questions.keys) as journal:
             answer_all(args, questions, journal, flags)
     except ServerError as error:
@@ -213,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"distilled {args.out}: {len(journal.done)} answered, {journal.tokens:,} output tokens in this run")
     if journal.failed:
         sys.exit(
-            f"fastmtp.distill: {journal.failed} prompts got no answer, the first: {journal.first_reason}; "
-            f"{journal.failures} lists them, and the same command tries them again"
+            f"fastmtp.distill: {journal.failed} of {len(questions.keys)} prompts got no answer, the first: "
+            f"{journal.first_reason}; {journal.failures} lists them, and the same command tries them again"
         )
 
 

@@ -96,6 +96,8 @@ def claim(output: str | Path, folder: bool = False, depends: dict[str, object] |
         return
     if not folder:
         check_output(output)
+        if output.is_file() and read_record(record) is None:  # somebody's file in a folder of ours
+            raise InputError(f"{output}: the file was not written by this command; give another --out")
     if record.exists() and record.stat().st_size and read_record(record) is None:
         raise InputError(f"{record}: not a record of this project; give another --out")
     handle = os.open(record, os.O_RDWR | os.O_CREAT, 0o644)
@@ -121,6 +123,13 @@ def claim(output: str | Path, folder: bool = False, depends: dict[str, object] |
                 handle, json.dumps(facts | ({} if depends is None else {"fingerprint": depends})).encode()
             )
     _claimed[record.absolute()] = handle
+
+
+def check_apart(output: str | Path, *inputs: str | Path | None) -> None:
+    """InputError if an output is one of the inputs, under whatever name: it would be replaced."""
+    for path in filter(None, inputs):
+        if Path(output).exists() and Path(path).exists() and os.path.samefile(output, path):
+            raise InputError(f"{output}: is an input of this command too; give another --out")
 
 
 def release(output: str | Path) -> None:

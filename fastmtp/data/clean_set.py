@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import multiprocessing
 import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -21,7 +19,7 @@ from fastmtp.data.curate_report import Tally
 from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplicates
 from fastmtp.data.scan import FOREIGN, Rules, Scanned, Spelling, scan_line
 from fastmtp.data.sources import DataConfig
-from fastmtp.inputs import existing
+from fastmtp.inputs import numbered_lines
 
 CHUNK = 128  # samples that travel to a worker together
 MOST_FOREIGN = 0.1  # share of samples with ids of another tokenizer beyond which the whole input is doubted
@@ -54,15 +52,7 @@ def _scan_chunk(chunk: list[tuple[str, bytes]]) -> list[Scanned]:
 def chunks(paths: list[str]) -> Iterator[list[tuple[str, bytes]]]:
     """Non-empty lines of the files in order, as ("file:line", bytes), CHUNK at a time."""
 
-    def lines() -> Iterator[tuple[str, bytes]]:
-        for path in paths:
-            try:
-                with (gzip.open if path.endswith(".gz") else open)(existing(path), "rb") as stream:
-                    yield from ((f"{path}:{n}", line) for n, line in enumerate(stream, 1) if line.strip())
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise InputError(f"{path}: broken gzip file ({error}); fetch or pack it again") from None
-
-    feed = lines()
+    feed = ((f"{path}:{number}", line) for path in paths for number, line in numbered_lines(path))
     while chunk := list(itertools.islice(feed, CHUNK)):
         yield chunk
 

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from fastmtp.cli import InputError
@@ -59,7 +60,10 @@ class Journal:
             if self.out.exists() and not self.partial.exists():
                 with atomic(self.partial) as temporary:
                     shutil.copyfile(self.out, temporary)
-            self.stale = self._load() if self.partial.exists() else False
+            self.stale = self._load() if self.partial.exists() else 0
+            asked, left = len(self.asked) - len(self.done), self.stale
+            gone = f", {left} to other prompts or settings left out" if left else ""
+            print(f"{self.out}: {asked} asked, {len(self.done)} kept{gone}", file=sys.stderr)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             self.file = os.open(self.partial, flags, 0o644)
             self.failed_file = os.open(self.failures, flags | os.O_TRUNC, 0o644)
@@ -90,9 +94,9 @@ class Journal:
         if not ours:
             raise InputError(f"{self.failures}: not a list of failures of this command; move it elsewhere")
 
-    def _load(self) -> bool:
-        """Take over the keys of whole lines and cut off the rest; True if a line is no longer asked for."""
-        stale, end = False, 0
+    def _load(self) -> int:
+        """Take over the keys of whole lines and cut off the rest; how many are no longer asked for."""
+        stale, end = 0, 0
         with open(self.partial, "rb") as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
@@ -107,7 +111,7 @@ class Journal:
                 if key in self.asked and key not in self.done:
                     self.done.add(key)
                 else:
-                    stale = True
+                    stale += 1
         os.truncate(self.partial, end)
         return stale
 

@@ -76,7 +76,7 @@ def refuse_unread(row: dict, place: str) -> None:
 def text_field(row: dict, name: str, place: str) -> str | None:
     """A field that names something, as a text: numbers are written out, null is as good as absent."""
     value = row.get(name)
-    if value is None:
+    if value is None or value != value:  # NaN is what tables write for null
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise InputError(f"{place}: '{name}' must be a text, not {_kind(value)}; fix or remove this line")

@@ -52,7 +52,7 @@ def question_ids(tokenizer, messages: list[dict], answer: int, context: int | No
         raise Refused("comes to no token in the chat template")
     if context and len(ids) > context - answer:
         room = f"context leaves {context - answer} beside an answer of {answer}"
-        raise Refused(f"has {len(ids)} tokens, the model's {room}")
+        raise Refused(f"has {len(ids)} tokens, the model's {room}; shorten it")
     return ids
 
 

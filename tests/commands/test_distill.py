@@ -182,7 +182,9 @@ def test_what_fails_for_good_is_recorded_and_tried_by_the_next_run(place, tokeni
         server.fault = lambda n, _: next(
             (bad[t] for t in bad if server.bodies[n - 1]["input_ids"] == ids[t]), None
         )
-        with pytest.raises(SystemExit, match="2 prompts got no answer.*failed.jsonl lists them") as end:
+        with pytest.raises(
+            SystemExit, match="2 of [0-9]+ prompts got no answer.*failed.jsonl lists them"
+        ) as end:
             run("--in-flight", "1", server=server)
         assert isinstance(end.value.code, str)  # exit code 1
         assert len(lines()) == 28 and len(server.bodies) == 28 + 1 + distill_server.ATTEMPTS
@@ -230,7 +232,10 @@ def test_bad_prompts_are_refused_before_anything_is_asked(place, content, messag
 @pytest.mark.parametrize("way", ["server", "in process"])
 def test_a_prompt_beyond_the_context_is_recorded_and_the_others_answered(place, way):
     ask("short", "long " * 600)
-    with StandIn() as server, pytest.raises(SystemExit, match="1 prompts got no answer.*context leaves 508"):
+    with (
+        StandIn() as server,
+        pytest.raises(SystemExit, match="1 of [0-9]+ prompts got no answer.*context leaves 508"),
+    ):
         run("--max-new-tokens", "4", server=server if way == "server" else None)
     (failed,) = lines("out.failed.jsonl")
     assert (
@@ -238,6 +243,23 @@ def test_a_prompt_beyond_the_context_is_recorded_and_the_others_answered(place, 
         and "context leaves 508" in failed["reason"]
         and asked(failed).startswith("long long")
     )
+
+
+def test_prompts_are_not_replaced_by_their_answers_and_what_goes_is_counted(place, capsys):
+    (place / "p.jsonl").write_text('{"prompt": "what is red"}\n{"prompt": "what is blue", "lang": NaN}\n')
+    line = ["--prompts", "p.jsonl", "--out", "o.jsonl", "--model", "model", "--device", "cpu"]
+    line += ["--dtype", "float32"]
+    distill.main([*line, "--max-new-tokens", "3"])
+    assert "o.jsonl: 2 asked, 0 kept\n" in capsys.readouterr().err
+    assert {json.loads(row)["lang"] for row in (place / "o.jsonl").read_text().splitlines()} == {"en"}
+    before = (place / "o.jsonl").read_bytes()
+    os.link("o.jsonl", "same.jsonl")
+    for prompts in ("o.jsonl", "same.jsonl"):
+        with pytest.raises(InputError, match="o.jsonl: is an input of this command too"):
+            distill.main([*line, "--max-new-tokens", "4", "--prompts", prompts])
+    assert (place / "o.jsonl").read_bytes() == before
+    distill.main([*line, "--max-new-tokens", "3", "--limit", "1"])
+    assert "o.jsonl: 0 asked, 1 kept, 1 to other prompts or settings left out" in capsys.readouterr().err
 
 
 def test_a_url_without_a_server_is_named(place):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmtp import leftovers
+from fastmtp import files, inputs, leftovers
 from fastmtp.cli import InputError
 from fastmtp.files import (
     atomic,
@@ -181,6 +181,36 @@ def test_a_file_added_to_a_folder_of_ours_is_not_swept_away(tmp_path):
         with atomic(tmp_path / "model") as folder:
             folder.mkdir()
     assert (tmp_path / "model" / "notes.txt").read_text() == "precious"
+
+
+def test_what_somebody_puts_into_a_finished_folder_of_ours_stays_theirs(tmp_path):
+    out = tmp_path / "out"
+    files.claim(out, folder=True)
+    files.write_json(out / "table.json", {"a": 1})
+    files.write_provenance(out, {})
+    (out / "notes.jsonl").write_text("mine\n")
+    (out / "sub").mkdir()
+    (out / "sub" / "mine.jsonl").write_text("mine\n")
+    for path in (out / "notes.jsonl", out / "sub" / "mine.jsonl"):
+        with pytest.raises(InputError, match="not written by this command"):
+            files.claim(path)
+        assert path.read_text() == "mine\n"
+
+
+def test_an_output_that_is_an_input_under_another_name_is_refused(tmp_path):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").symlink_to("a")
+    files.check_apart(tmp_path / "a", None, tmp_path / "c", tmp_path)
+    for other in ("a", "b"):
+        with pytest.raises(InputError, match="an input of this command too"):
+            files.check_apart(tmp_path / "a", tmp_path / other)
+
+
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "LONGEST_LINE", 100)
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n' + '{"a": "' + "x" * 100 + '"}\n')
+    with pytest.raises(InputError, match="a.jsonl:2: longer than 0 MB; split or remove this line"):
+        list(inputs.read_jsonl(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
