@@ -51,8 +51,21 @@ NEEDED = ("model", "dataset", "output_dir", "model_kwargs")
 MAX_DROPPED = 0.1
 DATA_SEED = 42  # ms-swift's, and its 3 epochs
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length")
-WHOLE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing_length")
-AT_LEAST_ONE = ("gradient_accumulation_steps", "packing_length", "save_steps", "logging_steps")
+WHOLE = (
+    "dataset_num_proc",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing_length",
+)
+SEEDS = ("seed", "data_seed")
+AT_LEAST_ONE = (
+    "dataset_num_proc",
+    "gradient_accumulation_steps",
+    "packing_length",
+    "save_steps",
+    "logging_steps",
+)
 
 
 def check(recipe: dict, known: set[str], place: str) -> None:
@@ -97,6 +110,10 @@ def check(recipe: dict, known: set[str], place: str) -> None:
 
 def check_numbers(recipe: dict, place: str) -> None:
     """InputError for a number that would train nothing, or that ms-swift would stumble over later."""
+    for key in SEEDS:
+        value = recipe.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < 1 << 32):
+            raise InputError(f"{place}: {key} must be a whole number from 0 on, not {value!r}")
     for key in (*ABOVE_ZERO, *AT_LEAST_ONE, "max_steps"):
         value = recipe.get(key)
         if value is None:

@@ -17,7 +17,7 @@ from fastmtp.data.training_run import RECORD
 KEYS = {
     *("model", "dataset", "output_dir", "model_kwargs", "val_dataset", "max_length", "learning_rate"),
     *("max_steps", "num_train_epochs", "warmup_steps", "warmup_ratio", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "columns", "packing_length"),
+    *("gradient_accumulation_steps", "dataset_num_proc", "seed", "data_seed", "columns", "packing_length"),
 }
 ROW = {"messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "two is two"}]}
 
@@ -84,6 +84,10 @@ def test_a_row_reaches_ms_swift(command):
         ({"warmup_ratio": "some"}, "warmup_ratio must be a number"),
         ({"per_device_train_batch_size": 0.5}, "must be a whole number"),
         ({"max_length": 63.5}, "must be a whole number"),
+        ({"dataset_num_proc": "many"}, "dataset_num_proc must be a number"),
+        ({"dataset_num_proc": 0}, "dataset_num_proc must be at least 1"),
+        ({"data_seed": "x"}, "data_seed must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
         ({"dataset": "[]"}, "neither a file nor a data set"),
         ({"dataset": ["my rows"]}, "neither a file nor a data set"),
         ({"dataset": [5]}, "must be paths"),
