@@ -26,8 +26,10 @@ from fastmtp.data.journal import Journal
 from fastmtp.data.prompts import Chat, chats, file_rows, limited, listed_rows
 from fastmtp.data.rendering import check_template
 from fastmtp.data.sources import DataConfig, Sampling, load_samplings
-from fastmtp.engines.address import api_key
+from fastmtp.engines.address import api_key, is_url
 from fastmtp.engines.process import ServerError
+from fastmtp.engines.sglang import check_flags
+from fastmtp.engines.sglang_flags import canonical
 from fastmtp.inputs import existing, shipped
 from fastmtp.yaml_file import load_yaml
 
@@ -192,8 +194,10 @@ def check(args, flags: list[str]) -> None:
             import aiohttp  # noqa: F401
         except ImportError:
             raise InputError("--server and --engines need aiohttp; pip install -e '.[serve]'") from None
+    if args.engines:
+        check_flags(canonical(flags), 0, {})  # before the prompts are read and a GPU is looked for
     for url in args.server or []:
-        if not url.startswith(("http://", "https://")):
+        if not is_url(url):
             raise InputError(f"--server {url}: not a URL; give one such as http://127.0.0.1:30000")
 
 

@@ -34,6 +34,15 @@ def base_url(host: str, port: int) -> str:
     return parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{port}").geturl()
 
 
+def is_url(text: str) -> bool:
+    """Whether a text is an HTTP address with a host, and a port that can be one if it has a port."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def check_port(port: int, count: int = 1) -> None:
     """InputError unless `port` and the `count` - 1 ports after it can be ports."""
     if not 1 <= port <= 65536 - count:

@@ -168,6 +168,8 @@ def check(
 
 def check_flags(flags: Sequence[str], num_steps: int, own: dict[str, str | None]) -> None:
     """InputError for a flag of SGLang's that contradicts what our options say (`own`), or is abbreviated."""
+    if flags and not (flags[0].startswith("--") and flags[0] != "--"):
+        raise InputError(f"-- {flags[0]}: not a flag of SGLang's; its flags begin with two dashes and a name")
     for name, value in values(flags).items():
         full = next((g for g in (*GUARDED, *ALIASES) if g.startswith(name)), None)
         if full and name not in (*GUARDED, *ALIASES):

@@ -470,6 +470,17 @@ def test_the_cache_is_what_fits_beside_the_weights(base_folder):
     assert "--max-total-tokens" not in alone and alone[-1] == "300"
 
 
+@pytest.mark.parametrize(
+    "flag", [["--port", "5"], ["--tp", "1", "--config", "x"], ["stray"], ["-tp", "2"], ["--"]]
+)
+def test_flags_that_cannot_work_are_refused_before_an_engine_is_looked_for(place, flag, capsys):
+    (place / "p.jsonl").write_text('{"prompt": "what is red"}\n')
+    line = ["--prompts", "p.jsonl", "--out", "o.jsonl", "--model", "model", "--engines", "1", "--", *flag]
+    with pytest.raises(InputError, match=" --|^--"):
+        distill.main(line)
+    assert not (place / "o.jsonl.run.json").exists() and capsys.readouterr().err == ""
+
+
 def test_engines_need_sglang_and_a_gpu(place, monkeypatch):
     monkeypatch.setattr(engines, "sglang_version", lambda: "0")
     monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 0)

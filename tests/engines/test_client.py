@@ -50,3 +50,11 @@ def test_idle_connections_are_given_up_before_uvicorn_closes_them_and_proxies_ar
             assert session.connector._keepalive_timeout < 5 and not session.trust_env
 
     asyncio.run(made())
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://127.0.0.1:70000", "http://h:0", "ftp://h", "h:30000", "http://h:x"]
+)
+def test_what_is_no_url_is_known_before_it_is_asked(url):
+    assert not address.is_url(url)
+    assert address.is_url("http://[::1]:30000/v1") and address.is_url("https://host")
