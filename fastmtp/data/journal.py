@@ -63,7 +63,8 @@ class Journal:
             self.stale = self._load() if self.partial.exists() else 0
             asked, left = len(self.asked) - len(self.done), self.stale
             gone = f", {left} to other prompts or settings left out" if left else ""
-            print(f"{self.out}: {asked} asked, {len(self.done)} kept{gone}", file=sys.stderr)
+            if self.done or left:
+                print(f"{self.out}: {asked} asked, {len(self.done)} kept{gone}", file=sys.stderr)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             self.file = os.open(self.partial, flags, 0o644)
             self.failed_file = os.open(self.failures, flags | os.O_TRUNC, 0o644)
