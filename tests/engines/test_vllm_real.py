@@ -1,6 +1,6 @@
 """Real vLLM on the CPU against our reference decoder: the same tokens, the same verify passes.
 
-Needs .venv-vllm: `sh scripts/test.sh --engines` makes it. About six minutes on two cores:
+Needs .venv-vllm: `sh scripts/test.sh --engines` makes it. About six minutes on two quiet cores:
 each mode's server is started once, and its tests end with its end.
 """
 
