@@ -36,13 +36,12 @@ from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data import training_run
 from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, read_recipe
+from fastmtp.data.recipe_check import check_head, check_numbers, check_warmup
 from fastmtp.data.rendering import check_template
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.data.training_rows import Rules
 from fastmtp.data.training_run import Start, names, processes
 from fastmtp.data.training_set import TrainingSet, is_local, read_set, shuffled, split_count, write_set
-from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
-from fastmtp.head.recursion import ATTENTIONS
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
 
@@ -50,22 +49,6 @@ HUB = re.compile(r"((hf|ms)::)?[\w.-]+/[\w.-]+(:[^#]*)?(#\d+)?", re.IGNORECASE) 
 NEEDED = ("model", "dataset", "output_dir", "model_kwargs")
 MAX_DROPPED = 0.1
 DATA_SEED = 42  # ms-swift's, and its 3 epochs
-ABOVE_ZERO = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length")
-WHOLE = (
-    "dataset_num_proc",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "packing_length",
-)
-SEEDS = ("seed", "data_seed")
-AT_LEAST_ONE = (
-    "dataset_num_proc",
-    "gradient_accumulation_steps",
-    "packing_length",
-    "save_steps",
-    "logging_steps",
-)
 
 
 def check(recipe: dict, known: set[str], place: str) -> None:
@@ -106,56 +89,6 @@ def check(recipe: dict, known: set[str], place: str) -> None:
             )
         existing(recipe["model_kwargs"]["mtp_eval_data"], f"file ('mtp_eval_data' in {place})")
     read_head(recipe["model"])
-
-
-def check_numbers(recipe: dict, place: str) -> None:
-    """InputError for a number that would train nothing, or that ms-swift would stumble over later."""
-    for key in SEEDS:
-        value = recipe.get(key)
-        if value is not None and (type(value) is not int or not 0 <= value < 1 << 32):
-            raise InputError(f"{place}: {key} must be a whole number from 0 on, not {value!r}")
-    for key in (*ABOVE_ZERO, *AT_LEAST_ONE, "max_steps"):
-        value = recipe.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{place}: {key} must be a number, not {value!r}")
-        if key in ABOVE_ZERO and not value > 0:
-            raise InputError(f"{place}: {key} must be above 0, not {value}; nothing would be trained")
-        if key in WHOLE and value != int(value):
-            raise InputError(f"{place}: {key} must be a whole number, not {value}")
-        if key in AT_LEAST_ONE and key not in ("save_steps", "logging_steps") and value < 1:
-            raise InputError(f"{place}: {key} must be at least 1, not {value}")
-        if key == "max_steps" and value != -1 and (value < 1 or value != int(value)):
-            raise InputError(f"{place}: max_steps must be a whole number of at least 1, not {value}")
-
-
-def check_warmup(recipe: dict, place: str) -> None:
-    """InputError for a warmup as long as the training: the learning rate would not get off the ground."""
-    steps, share = recipe.get("warmup_steps") or 0, recipe.get("warmup_ratio") or 0
-    for name, value in (("warmup_steps", steps), ("warmup_ratio", share)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise InputError(f"{place}: {name} must be a number from 0 on, not {value!r}")
-    last = recipe.get("max_steps") or 0
-    if share >= 1 or last > 0 and steps >= last:
-        name, value, end = ("warmup_ratio", share, 1) if share >= 1 else ("warmup_steps", steps, last)
-        raise InputError(f"{place}: {name} must be below {end}, not {value}; nothing would be trained")
-
-
-def check_head(head: dict, place: str) -> None:
-    """InputError for settings of the head that its configuration does not take."""
-    steps, attention = head.get("mtp_num_steps"), head.get("mtp_attention")
-    for name, value in (("mtp_num_steps", steps), ("mtp_eval_limit", head.get("mtp_eval_limit", 1))):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{place}: {name} must be a whole number of at least 1, not {value}")
-    if not isinstance(head.get("mtp_compile", False), bool):
-        raise InputError(f"{place}: mtp_compile must be true or false, not {head['mtp_compile']}")
-    if attention not in ATTENTIONS:
-        raise InputError(f"{place}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {attention}")
-    try:
-        _ = MiMoConfig(**{name: value for name, value in head.items() if name in SETTINGS}).objective
-    except ValueError as error:
-        raise InputError(f"{place}: {error}") from None
 
 
 def read_data(recipe: dict, max_dropped: float) -> dict[str, TrainingSet]:

@@ -162,7 +162,7 @@ def test_the_recipe_may_be_left_out_before_overrides(place, capsys):
 def test_a_prompt_beyond_the_context_is_named(place):
     from fastmtp import distill
 
-    with pytest.raises(InputError, match="prompt 'a' has 18 tokens.*shorten"):
+    with pytest.raises(InputError, match="prompt 'a':? has 18 tokens.*shorten"):
         distill.main(f"{GENERATING} --max-new-tokens 510".split())
     assert not Path("out.jsonl").exists()
 
