@@ -19,11 +19,11 @@ from evaluation.conditions import check_tolerance
 from evaluation.plan import Arm, Plan, add_arguments
 from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
-from fastmtp import model as models
 from fastmtp.cli import InputError, Parser, run, split_at_dashes
 from fastmtp.files import atomic, write_json
-from fastmtp.markdown import grid, number
-from fastmtp.teacher_forced import FULL, measure, pooled
+from fastmtp.reference import model as models
+from fastmtp.reference.teacher_forced import FULL, measure, pooled
+from fastmtp.show.markdown import grid, number
 from fastmtp.vocab.draft_vocab import load_map
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from fastmtp import model, speculative
 from fastmtp.engines import client
+from fastmtp.reference import model, speculative
 from fastmtp.vocab.draft_vocab import load_map
 
 

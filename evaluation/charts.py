@@ -11,11 +11,11 @@ import math
 from pathlib import Path
 
 from evaluation.table import pictures
-from fastmtp import plots
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.files import is_ours
 from fastmtp.inputs import existing, read_json
-from fastmtp.plots import plt, style
+from fastmtp.show import plots
+from fastmtp.show.plots import plt, style
 
 LINES = ["-", "--", "-.", ":"]
 

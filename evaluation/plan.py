@@ -22,7 +22,7 @@ from evaluation.conditions import check_numbers, context_of
 from evaluation.questions import Task, load_questions
 from evaluation.tasks import TASKS as TASKS
 from evaluation.tasks import parse_tasks
-from fastmtp import checkpoint, model, speculative
+from fastmtp import checkpoint
 from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.engines import sglang, vllm
 from fastmtp.engines.address import check_port
@@ -38,6 +38,7 @@ from fastmtp.engines.sglang_flags import (
 from fastmtp.files import check_apart, check_output, claim
 from fastmtp.fingerprint import fingerprint, gpu_name, machine
 from fastmtp.inputs import existing, read_json, resource
+from fastmtp.reference import model, speculative
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import load_map
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from evaluation import metrics
 from evaluation.plan import REPEAT
-from fastmtp.markdown import grid, number
+from fastmtp.show.markdown import grid, number
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
 FEW = 20  # questions below which an interval says little

@@ -1,6 +1,6 @@
 """Accept length (tau) and per-position rates of heads on finished answers, without decoding.
 
-The computation is in teacher_forced.py; this command reads the inputs, and writes tables and JSON.
+The computation is in reference/teacher_forced.py; this command reads the inputs, and writes tables and JSON.
 
     python -m fastmtp.acceptance --model models/smollm2 --data heldout.jsonl --num-steps 7 --at 1,3,5 \\
         --token-map vocab/smollm2/en_8k.pt
@@ -18,8 +18,8 @@ from fastmtp import files
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.inputs import shipped
-from fastmtp.model import check, head_for, load, put_head
-from fastmtp.teacher_forced import FULL, as_json, measure_at, table
+from fastmtp.reference.model import check, head_for, load, put_head
+from fastmtp.reference.teacher_forced import FULL, as_json, measure_at, table
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, load_map, parse_maps, union
 from fastmtp.vocab.draft_vocab import read as read_vocab

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from fastmtp.cli import InputError
 from fastmtp.fingerprint import CACHE
+from fastmtp.formats.weights import DTYPES, INDEX, Entry, check_finite, headers, read_tensors, weight_files
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import check_same, different, load_tokenizer
-from fastmtp.weights import DTYPES, INDEX, Entry, check_finite, headers, read_tensors, weight_files
 
 PREFIX = "model.mtp_layers."
 HEADS = Path(__file__).with_name("heads")  # heads that come with the package, by folder name

@@ -40,8 +40,8 @@ from fastmtp.files import (
     record_of,
     write_provenance,
 )
+from fastmtp.formats.yaml_file import load_yaml
 from fastmtp.inputs import existing, shipped
-from fastmtp.yaml_file import load_yaml
 
 STAGING = ".curate.tmp"
 OUTPUTS = ("train.jsonl", "eval.jsonl", "counts.json", "report.md", "lengths.png")

@@ -1,4 +1,4 @@
-"""Decode prompts with the reference decoder (speculative.py), plain and with drafts, and compare the two.
+"""Decode prompts with our decoder (reference/speculative.py), plain and with drafts, and compare the two.
 
 Greedy decoding with drafts must give the plain text token for token in float32; the rows say whether it did,
 and what the drafts were worth: accept length, rates by draft position, seconds.
@@ -16,20 +16,21 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmtp import files, markdown
+from fastmtp import files
 from fastmtp.checkpoint import head_folder
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.data.samples import check_answers
 from fastmtp.fingerprint import fingerprint, machine
+from fastmtp.formats.weights import weight_files
 from fastmtp.inputs import read_jsonl, shipped
-from fastmtp.model import Model, check, head_for, load, put_head
-from fastmtp.speculative import generate
+from fastmtp.reference.model import Model, check, head_for, load, put_head
+from fastmtp.reference.speculative import generate
+from fastmtp.show import markdown
 from fastmtp.tau import summarise
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, load_map, parse_maps, read
-from fastmtp.weights import weight_files
 
 
 def compare(

@@ -30,8 +30,8 @@ from fastmtp.engines.address import api_key, is_url
 from fastmtp.engines.process import ServerError
 from fastmtp.engines.sglang import check_flags
 from fastmtp.engines.sglang_flags import canonical
+from fastmtp.formats.yaml_file import load_yaml
 from fastmtp.inputs import existing, shipped
-from fastmtp.yaml_file import load_yaml
 
 
 def parser() -> Parser:
@@ -173,7 +173,7 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
                 asyncio.run(ask_servers(urls, args, questions, journal, bar))
         else:
             from fastmtp.data.generate import generate
-            from fastmtp.model import load
+            from fastmtp.reference.model import load
 
             model = load(args.model, args.dtype, args.device)
             check_template(model.tokenizer, args.model)

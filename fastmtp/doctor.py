@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 from fastmtp.cli import InputError, Parser, at_least, run
+from fastmtp.formats.weights import headers
 from fastmtp.health.folder import ERROR, Folder, Line
 from fastmtp.health.running import server
 from fastmtp.health.serving import engines, expected
 from fastmtp.health.tensors import architecture, biases, head, output_matrix, quantisation, tensors
 from fastmtp.health.tokens import tokenizer
 from fastmtp.inputs import existing, read_json
-from fastmtp.weights import headers
 
 
 def lines(name: str, check: Callable[..., Iterator[Line]], *arguments) -> list[Line]:

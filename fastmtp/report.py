@@ -13,10 +13,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmtp import files, markdown
+from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.inputs import read_json, read_jsonl
-from fastmtp.markdown import number
+from fastmtp.show import markdown
+from fastmtp.show.markdown import number
 from fastmtp.tau import Acceptance, summarise
 
 Curves = dict[str, list[tuple[int, float]]]  # {"mtp_loss_k": [(optimiser step, loss in nats per token)]}
@@ -102,7 +103,7 @@ def head_name(head: str) -> str:
 
 def draw(out: Path, curves: Curves | None, pooled: Pooled | None) -> None:
     """losses.png and acceptance.png, those that there is something for."""
-    from fastmtp import plots  # needs matplotlib, which a report of decoding alone does without
+    from fastmtp.show import plots  # needs matplotlib, which a report of decoding alone does without
 
     if curves:
         figure, axes = plots.plt.subplots(figsize=(7, 4.2), layout="constrained")

@@ -35,8 +35,8 @@ from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.files import is_full
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
 from fastmtp.leftovers import is_running
-from fastmtp.model import Model
-from fastmtp.teacher_forced import measure, pooled
+from fastmtp.reference.model import Model
+from fastmtp.reference.teacher_forced import measure, pooled
 
 NAME = "fastmtp_mimo"
 

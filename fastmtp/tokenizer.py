@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastmtp.cli import InputError
-from fastmtp.gguf_file import byte_level
+from fastmtp.formats.gguf_file import byte_level
 from fastmtp.inputs import read_json
 
 FILE = "tokenizer.json"

@@ -25,12 +25,12 @@ from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, with_base
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.export import export
 from fastmtp.fingerprint import differences, fingerprint, machine
+from fastmtp.formats.weights import weight_files
+from fastmtp.formats.yaml_file import read_mapping
 from fastmtp.inputs import existing, read_json, read_jsonl, resource
-from fastmtp.model import head_for, load, put_head
-from fastmtp.teacher_forced import measure_at
+from fastmtp.reference.model import head_for, load, put_head
+from fastmtp.reference.teacher_forced import measure_at
 from fastmtp.train import check, swift_keys, train
-from fastmtp.weights import weight_files
-from fastmtp.yaml_file import read_mapping
 
 STEPS = (1, 3, 5, 7)
 VANILLA = "vanilla"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastmtp import files
 from fastmtp.inputs import read_json
-from fastmtp.markdown import grid, number
+from fastmtp.show.markdown import grid, number
 from fastmtp.tau import Acceptance, bootstrap, bounds
 
 REFERENCE = "self"  # FastMTP as published: the model's own answers, `paper` attention, labels from the text

@@ -20,8 +20,8 @@ from fastmtp import files
 from fastmtp.cli import Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.head.recursion import shift
+from fastmtp.reference.teacher_forced import FULL, as_json, followed, table
 from fastmtp.tau import Acceptance, walk
-from fastmtp.teacher_forced import FULL, as_json, followed, table
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, parse_maps, union
 from fastmtp.vocab.draft_vocab import read as read_vocab

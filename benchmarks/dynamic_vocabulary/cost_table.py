@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.dynamic_vocabulary.kernels import LANGS
 from fastmtp.cli import InputError
 from fastmtp.inputs import read_json
-from fastmtp.markdown import grid
+from fastmtp.show.markdown import grid
 from fastmtp.vocab.draft_vocab import AUTO, MIXED, UNION
 from fastmtp.vocab.token_map import size_name
 

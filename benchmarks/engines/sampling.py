@@ -23,10 +23,11 @@ from pathlib import Path
 from scipy.stats import chi2_contingency
 
 from evaluation.backend_vllm import VllmServer
-from fastmtp import files, markdown
+from fastmtp import files
 from fastmtp.cli import Parser, at_least, run
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports
+from fastmtp.show import markdown
 from fastmtp.tokenizer import load_tokenizer
 
 TOKENS = 3  # per seed: the prompt's own, and two of the first verify pass

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from evaluation.backend_vllm import VllmServer, flags
 from evaluation.backends import Turn
-from fastmtp import files, markdown
+from fastmtp import files
 from fastmtp.chat import prompt_ids
 from fastmtp.cli import Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports, together
+from fastmtp.show import markdown
 from fastmtp.tokenizer import load_tokenizer
 
 MODES = {"eager": ["--enforce-eager"], "compiled": []}

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmtp import plots
 from fastmtp.cli import Parser, run
 from fastmtp.inputs import read_json
-from fastmtp.plots import plt, style
+from fastmtp.show import plots
+from fastmtp.show.plots import plt, style
 
 
 def draw(report: dict, path: Path) -> None:

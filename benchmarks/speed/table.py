@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmtp.markdown import grid, number
+from fastmtp.show.markdown import grid, number
 
 
 def with_speedups(rows: list[dict]) -> list[dict]:

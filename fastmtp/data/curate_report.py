@@ -170,7 +170,7 @@ def _code(text: str) -> str:
 
 def _lengths(path: Path, tally: Tally, train: list[tuple[str, str, int]]) -> None:
     """Histogram of answer lengths: the training set by category, and what was dropped."""
-    from fastmtp.plots import plt, save  # matplotlib is heavy
+    from fastmtp.show.plots import plt, save  # matplotlib is heavy
 
     groups = {name: [row[2] for row in train if row[0] == name] for name in sorted({row[0] for row in train})}
     longest = max([row[2] for row in train] + tally.tokens + [2])

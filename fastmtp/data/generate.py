@@ -15,7 +15,7 @@ from fastmtp.data.journal import Journal, sample
 from fastmtp.data.prompts import Chat
 from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.data.sources import Sampling
-from fastmtp.model import Model
+from fastmtp.reference.model import Model
 
 WINDOW = 16384  # prompts held at a time, to be batched with others of like length
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import yaml
 
 from fastmtp.cli import InputError
+from fastmtp.formats.yaml_file import read_mapping
 from fastmtp.head.modeling_mimo import SETTINGS
 from fastmtp.inputs import resource
-from fastmtp.yaml_file import read_mapping
 
 HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile")
 PLUGIN = "fastmtp/swift_plugin.py"

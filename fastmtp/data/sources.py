@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastmtp.cli import InputError
-from fastmtp.yaml_file import load_yaml
+from fastmtp.formats.yaml_file import load_yaml
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 from fastmtp import files, fingerprint
 from fastmtp.cli import InputError
 from fastmtp.data.training_set import is_local, split_count
+from fastmtp.formats.weights import read_header
 from fastmtp.inputs import existing
-from fastmtp.weights import read_header
 
 RECORD = "training.json"
 # Keys that say where files lie, what is shown, or how fast it goes; what they name is compared by content.

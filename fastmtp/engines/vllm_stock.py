@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastmtp import files
 from fastmtp.checkpoint import CODE, CONTRACT_KEY, PREFIX
+from fastmtp.formats.weights import INDEX
 from fastmtp.inputs import read_json
-from fastmtp.weights import INDEX
 
 MODEL, BACKBONE = "model", "backbone"
 LEFT_OUT = {"config.json", "run.json", INDEX, *(path.name for path in CODE)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastmtp.checkpoint import ARCHITECTURE
-from fastmtp.weights import Entry, read_tensors
+from fastmtp.formats.weights import Entry, read_tensors
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 

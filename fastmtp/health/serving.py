@@ -9,9 +9,9 @@ from fastmtp.data.samples import read_samples
 from fastmtp.engines.sglang import check_model
 from fastmtp.head.modeling_mimo import HIDDEN
 from fastmtp.health.folder import ERROR, OK, WARNING, Folder, Line
-from fastmtp.model import load
+from fastmtp.reference.model import load
+from fastmtp.reference.teacher_forced import measure, pooled
 from fastmtp.tau import Acceptance, bootstrap, bounds
-from fastmtp.teacher_forced import measure, pooled
 from fastmtp.tokenizer import load_tokenizer
 
 USELESS = 1.1  # accept length below which a head costs more than it brings

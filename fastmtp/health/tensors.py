@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmtp.checkpoint import ENGINE_TYPES, PREFIX, check_weights, some
+from fastmtp.formats.weights import DTYPES, read_tensors
 from fastmtp.health.folder import ERROR, OK, WARNING, Folder, Line
-from fastmtp.weights import DTYPES, read_tensors
 
 MATRICES = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),

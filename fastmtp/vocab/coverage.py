@@ -56,7 +56,7 @@ def plot(
     """PNG: rank against the share of held-out text covered so far; colours are texts, line styles are
     rankings.
     """
-    from fastmtp.plots import plt  # heavy, and not needed to count
+    from fastmtp.show.plots import plt  # heavy, and not needed to count
 
     figure, axes = plt.subplots(figsize=(8, 5))
     styles = dict(zip(rankings, ["-", "--", "-.", ":"] * len(rankings), strict=False))

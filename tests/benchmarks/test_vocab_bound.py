@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.dynamic_vocabulary import bound as vocab_bound
 from fastmtp.cli import InputError
-from fastmtp.teacher_forced import measure_at
+from fastmtp.reference.teacher_forced import measure_at
 from fastmtp.vocab.draft_vocab import DraftVocab
 from fastmtp.vocab.script_table import ScriptTable
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.tiny import tiny_model, wrap
 
-from fastmtp.speculative import generate
-from fastmtp.teacher_forced import FULL, as_json, draft_hits, measure, measure_at, pooled, table
+from fastmtp.reference.speculative import generate
+from fastmtp.reference.teacher_forced import FULL, as_json, draft_hits, measure, measure_at, pooled, table
 
 
 def samples_of(useful, count: int = 30) -> list[dict]:

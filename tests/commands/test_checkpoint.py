@@ -14,8 +14,8 @@ from fastmtp import checkpoint
 from fastmtp.checkpoint import check_weights, copy, read_head
 from fastmtp.cli import InputError
 from fastmtp.export import export
+from fastmtp.formats.weights import INDEX, headers
 from fastmtp.prepare_model import prepare
-from fastmtp.weights import INDEX, headers
 
 SHAPE = dict(
     vocab_size=320,

@@ -16,7 +16,7 @@ from fastmtp.data.clean_set import CurateConfig
 from fastmtp.data.mixture import choose
 from fastmtp.data.scan import training_row
 from fastmtp.data.sources import DataConfig
-from fastmtp.yaml_file import load_yaml
+from fastmtp.formats.yaml_file import load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "rk", "st", "l")]

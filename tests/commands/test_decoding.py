@@ -13,7 +13,7 @@ from fastmtp import decoding, files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError
 from fastmtp.decoding import summarise
-from fastmtp.speculative import accept_greedy, accept_sampled, generate
+from fastmtp.reference.speculative import accept_greedy, accept_sampled, generate
 
 VOCAB = 97
 MAP = torch.arange(0, VOCAB, 3)
@@ -202,7 +202,7 @@ def test_sampled_texts_are_distributed_as_the_model(mapped, monkeypatch):
     """Joint chi-square over the first three tokens of texts decoded with drafts, every seed another text."""
     net = TableNet()
     monkeypatch.setattr(
-        "fastmtp.speculative.DynamicCache", lambda config: SimpleNamespace(crop=lambda n: None)
+        "fastmtp.reference.speculative.DynamicCache", lambda config: SimpleNamespace(crop=lambda n: None)
     )
     token_map = torch.tensor([1, 3]) if mapped else None
     counts, draws = torch.zeros(4, 4, 4), 20_000

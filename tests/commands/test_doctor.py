@@ -17,8 +17,8 @@ from fastmtp.doctor import main
 from fastmtp.health import serving
 from fastmtp.health.folder import Folder
 from fastmtp.prepare_model import prepare
+from fastmtp.reference.teacher_forced import measure, pooled
 from fastmtp.tau import Acceptance
-from fastmtp.teacher_forced import measure, pooled
 
 HEAD = f"{PREFIX}0."
 LAST = "model.layers.1."

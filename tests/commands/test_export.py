@@ -13,7 +13,7 @@ from fastmtp.checkpoint import HEAD_TENSORS, PREFIX, read_head
 from fastmtp.cli import InputError
 from fastmtp.export import export
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
-from fastmtp.model import load
+from fastmtp.reference.model import load
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -29,8 +29,8 @@ from fastmtp import files
 from fastmtp.checkpoint import HEAD_TENSORS, read_head
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
-from fastmtp.model import load
 from fastmtp.prepare_model import prepare
+from fastmtp.reference.model import load
 
 SHAPE = dict(
     vocab_size=320,

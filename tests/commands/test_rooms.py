@@ -26,9 +26,9 @@ COMMANDS_OF_COMMANDS = {
 # Imports inside functions. Each has a reason; anything else belongs at the top of its file.
 INSIDE = {
     # matplotlib takes a second to start, and a machine that measures may lack it
-    ("fastmtp.report", "fastmtp.plots"),
-    ("fastmtp.vocab.coverage", "fastmtp.plots"),
-    ("fastmtp.data.curate_report", "fastmtp.plots"),
+    ("fastmtp.report", "fastmtp.show.plots"),
+    ("fastmtp.vocab.coverage", "fastmtp.show.plots"),
+    ("fastmtp.data.curate_report", "fastmtp.show.plots"),
     ("evaluation.run", "evaluation.charts"),
     ("benchmarks.speed.run", "benchmarks.speed.chart"),
     # only one of the three ways to answer is used, and two need neither transformers nor aiohttp
@@ -36,7 +36,7 @@ INSIDE = {
     ("fastmtp.distill", "fastmtp.data.servers"),
     ("fastmtp.distill", "fastmtp.data.engines"),
     ("fastmtp.distill", "fastmtp.data.generate"),
-    ("fastmtp.distill", "fastmtp.model"),
+    ("fastmtp.distill", "fastmtp.reference.model"),
     # registers a model type with transformers, which is slow to import
     ("evaluation.lossless", "fastmtp.head.modeling_mimo"),
     # ms-swift is an optional package
@@ -95,7 +95,7 @@ def wrong(rule) -> list[str]:
 
 def test_the_reader_of_imports_sees_relative_and_hidden_ones():
     assert ("fastmtp.head.losses", "fastmtp.head.recursion", False) in arrows()
-    assert ("fastmtp.report", "fastmtp.plots", True) in arrows()
+    assert ("fastmtp.report", "fastmtp.show.plots", True) in arrows()
     assert {"fastmtp.train", "evaluation.run", "benchmarks.speed.run"} <= commands()
 
 

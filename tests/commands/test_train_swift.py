@@ -20,8 +20,8 @@ from helpers.training import FLOAT32, HALF, STEPS, make_inputs, sft, succeeded, 
 from fastmtp.acceptance import read_samples
 from fastmtp.checkpoint import HEAD_TENSORS, PREFIX, read_head
 from fastmtp.export import export
-from fastmtp.model import load
-from fastmtp.teacher_forced import measure, pooled
+from fastmtp.reference.model import load
+from fastmtp.reference.teacher_forced import measure, pooled
 
 pytest.importorskip("swift")
 pytestmark = pytest.mark.slow

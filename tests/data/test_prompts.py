@@ -9,7 +9,7 @@ from fastmtp import distill
 from fastmtp.cli import InputError
 from fastmtp.data.prompts import listed_rows, read_prompts
 from fastmtp.data.sources import DataConfig
-from fastmtp.yaml_file import load_yaml, read_mapping
+from fastmtp.formats.yaml_file import load_yaml, read_mapping
 
 
 @pytest.mark.parametrize(

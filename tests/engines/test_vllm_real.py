@@ -27,9 +27,9 @@ from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports
 from fastmtp.engines.vllm_stock import BACKBONE, MODEL
 from fastmtp.export import export
-from fastmtp.model import load
 from fastmtp.prepare_model import prepare
-from fastmtp.speculative import generate
+from fastmtp.reference.model import load
+from fastmtp.reference.speculative import generate
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.token_map import load_token_map
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from fastmtp import export
 from fastmtp.checkpoint import CONTRACT_KEY, PREFIX, read_head, save_head
 from fastmtp.cli import InputError
-from fastmtp.weights import INDEX
+from fastmtp.formats.weights import INDEX
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_transformers_reads_the_backbone_as_it_is(out, base_folder):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fastmtp.model import load
+    from fastmtp.reference.model import load
 
     ids = torch.tensor([[1, 2, 3, 4]])
     backbone = AutoModelForCausalLM.from_pretrained(out / "backbone", dtype="float32")

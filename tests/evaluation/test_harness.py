@@ -98,7 +98,7 @@ def test_what_it_needs_is_nothing_of_training_or_of_the_engines():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     names = set(loaded.stdout.split())
-    assert "fastmtp.speculative" in names
+    assert "fastmtp.reference.speculative" in names
     training = {
         "fastmtp.train",
         "fastmtp.swift_plugin",

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from evaluation import lossless
-from fastmtp import model as model_module
-from fastmtp import speculative
 from fastmtp.cli import InputError
+from fastmtp.reference import model as model_module
+from fastmtp.reference import speculative
 
 
 @pytest.fixture

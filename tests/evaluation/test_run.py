@@ -17,10 +17,11 @@ from helpers.tiny import chatml_tokenizer
 
 from evaluation import agreement, charts, lossless, plan, run, table
 from evaluation.plan import REPEAT, parse_arms
-from fastmtp import checkpoint, speculative
-from fastmtp import model as model_module
+from fastmtp import checkpoint
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
+from fastmtp.reference import model as model_module
+from fastmtp.reference import speculative
 from fastmtp.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from fastmtp.cli import InputError
 from fastmtp.engines import sglang
 from fastmtp.export import export
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
-from fastmtp.model import check, put_head
-from fastmtp.speculative import generate
-from fastmtp.teacher_forced import measure, pooled
+from fastmtp.reference.model import check, put_head
+from fastmtp.reference.speculative import generate
+from fastmtp.reference.teacher_forced import measure, pooled
 
 IDS = torch.tensor([[5, 17, 3, 88, 41, 9]])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastmtp.head import losses, teacher
 from fastmtp.head.losses import IGNORE, cross_entropy, mtp_loss, step_targets, step_weights
-from fastmtp.model import load
+from fastmtp.reference.model import load
 
 VOCAB = 97
 

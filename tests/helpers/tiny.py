@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fastmtp.checkpoint import finish_folder
 from fastmtp.head.losses import IGNORE
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
-from fastmtp.model import Model
-from fastmtp.speculative import generate
+from fastmtp.reference.model import Model
+from fastmtp.reference.speculative import generate
 
 CHATML = (
     "{% for m in messages %}"

@@ -10,8 +10,8 @@ from helpers.tiny import chatml_tokenizer
 
 from fastmtp import acceptance, decoding
 from fastmtp.cli import InputError
-from fastmtp.speculative import generate
-from fastmtp.teacher_forced import measure_at, pooled
+from fastmtp.reference.speculative import generate
+from fastmtp.reference.teacher_forced import measure_at, pooled
 from fastmtp.tokenizer import fingerprint
 from fastmtp.vocab.draft_vocab import LOOK_EVERY, DraftVocab, mix, names_by_anchor, read
 from fastmtp.vocab.lang import LANGUAGES, detect

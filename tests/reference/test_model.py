@@ -11,8 +11,8 @@ from helpers.tiny import save_folder
 from safetensors.torch import load_file, save_file
 
 from fastmtp.cli import InputError
-from fastmtp.model import check, head_for, load
-from fastmtp.weights import INDEX
+from fastmtp.formats.weights import INDEX
+from fastmtp.reference.model import check, head_for, load
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 HEAD = "model.mtp_layers.0.input_proj.weight"
@@ -131,7 +131,7 @@ def test_an_index_is_complete_or_refused(shards, tmp_path, damage, words):
         ({"vocab_size": 99}, r"\(320, 64\), config.json calls for \(99, 64\)"),
         ({"hidden_size": "64"}, "no usable hidden_size"),
         ({"max_position_embeddings": None}, "config.json: not usable"),
-        ({"num_nextn_predict_layers": 2}, "must be 1, not 2"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
     ],
     ids=str,
 )

@@ -24,10 +24,10 @@ from fastmtp.checkpoint import (
     read_head,
 )
 from fastmtp.cli import InputError
+from fastmtp.formats.weights import check_finite, headers
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import check_fits, end_ids, load_tokenizer
-from fastmtp.weights import check_finite, headers
 
 CURE = "make the folder with fastmtp.prepare_model or fastmtp.export"
 

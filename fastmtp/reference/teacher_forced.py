@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmtp import markdown
 from fastmtp.head.teacher import greedy
-from fastmtp.model import Model
+from fastmtp.reference.model import Model
+from fastmtp.show import markdown
 from fastmtp.tau import Acceptance, walk
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, names_by_anchor
 

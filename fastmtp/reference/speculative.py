@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastmtp.head.modeling_mimo import MiMoForCausalLM, attention_of
-from fastmtp.model import Model
+from fastmtp.reference.model import Model
 from fastmtp.vocab.draft_vocab import DraftVocab
 
 ATTENTION = "fastmtp_decoding"  # transformers' name for the attention below

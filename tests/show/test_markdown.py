@@ -1,6 +1,6 @@
 """Markdown tables."""
 
-from fastmtp.markdown import grid, number
+from fastmtp.show.markdown import grid, number
 
 
 def test_a_table_with_numbers_to_the_right_and_cells_that_cannot_break_it():
