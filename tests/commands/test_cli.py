@@ -316,7 +316,7 @@ PROGRAMS = [
     path.relative_to(REPOSITORY)
     for folder in ("benchmarks", "evaluation")
     for path in sorted((REPOSITORY / folder).rglob("*.py"))
-    if "__main__" in path.read_text(encoding="utf-8")
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
 ]
 
 
