@@ -85,6 +85,8 @@ def _question(task: Task, row: dict) -> list[str]:
     for name, value in row.items():
         said = isinstance(value, str) and value in "\n".join(turns)  # the question has it already
         part = name.lower() in PARTS and not said or name in CHOICES or CHOICE.fullmatch(name)
+        if name.lower().startswith("system") and task.system:
+            continue  # the benchmark always uses its own system text
         if part and value and name not in task.asks:
             raise Unfit(
                 f"the field '{name}' is not asked in {task.name}, so a part of the question would be lost"

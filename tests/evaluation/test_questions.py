@@ -209,3 +209,15 @@ def test_broken_files_are_one_line(text, tmp_path):
     (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(InputError, match="q.jsonl"):
         load_questions(TASKS["nq_qa"], tmp_path / "q.jsonl", 80)
+
+
+def test_a_benchmark_with_its_own_system_text_takes_files_that_name_another(tmp_path):
+    """LiveCodeBench files of drafter projects carry a `system` column and a ready `question` beside the statement."""
+    row = ROWS["livecodebench"][0] | {
+        "system": "You write programs.",
+        "question": "A question: print the sum.",
+    }
+    path = tmp_path / "livecodebench.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (turns,) = load_questions(TASKS["livecodebench"], path, 80)
+    assert row["question_content"] in turns[0]
