@@ -212,7 +212,7 @@ def test_broken_files_are_one_line(text, tmp_path):
 
 
 def test_a_benchmark_with_its_own_system_text_takes_files_that_name_another(tmp_path):
-    """LiveCodeBench files of drafter projects carry a `system` column and a ready `question` beside the statement."""
+    """Some LiveCodeBench files carry a `system` column and a ready `question` beside the statement."""
     row = ROWS["livecodebench"][0] | {
         "system": "You write programs.",
         "question": "A question: print the sum.",
