@@ -7,6 +7,7 @@ it ends with `if __name__ == "__main__": run(main)`. Bad input raises `InputErro
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import functools
 import importlib
@@ -187,14 +188,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise InputError(f"unknown command '{name}'; choose one of {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name.lower(), COMMANDS, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(COMMANDS)}"
+        raise InputError(f"unknown command '{name}'; {hint}")
     run(functools.partial(bench if name == "bench" else _module(name).main, rest), f"fastmtp {name}")
 
 
 def bench(argv: Sequence[str]) -> None:
     """`fastmtp bench TASK ...`: one benchmark against a running server."""
     tasks = _module("bench", "evaluation.tasks").TASKS
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv:
+        raise InputError(f"give a task, one of {', '.join(tasks)}")
+    if argv[0] in ("-h", "--help"):
         print("usage: fastmtp bench TASK [options]\n\ntasks (each has --help):")
         for name, task in tasks.items():
             print(f"  {name:<14} {task.title}")

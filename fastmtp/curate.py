@@ -207,7 +207,8 @@ def main(argv=None) -> None:
         raise InputError(f"--eval-share must be at least 0 and below 1, not {config.eval_share}")
     at_least(args, 1, "workers")
     for path in args.input:
-        existing(path)
+        if existing(path).is_dir():
+            raise InputError(f"{path}: is a folder; give a .jsonl or .jsonl.gz file")
     model = args.model or model_of(args.input)
     out = Path(args.out)
     claim(out, folder=True)

@@ -85,7 +85,9 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                     return
                 if line.strip():
                     yield number, line
-    except (OSError, EOFError, zlib.error) as error:  # a folder, a false or torn gzip file, no permission
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give a .jsonl or .jsonl.gz file") from None
+    except (OSError, EOFError, zlib.error) as error:  # a false or torn gzip file, no permission
         raise InputError(f"{path}: cannot be read ({error}); give a .jsonl or .jsonl.gz file") from None
 
 

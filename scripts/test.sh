@@ -10,4 +10,5 @@ if [ "${1:-}" = --engines ]; then
     exec .venv/bin/python -m pytest -q tests/engines "$@"
 fi
 .venv/bin/python -m ruff check .
-exec .venv/bin/python -m pytest -q --ignore tests/engines/test_vllm_real.py "$@"
+# Two processes, because most tests use one thread; a file stays in one of them, for its fixtures.
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --ignore tests/engines/test_vllm_real.py "$@"
