@@ -312,7 +312,7 @@ def test_a_kill_leaves_no_folder_that_looks_whole(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     (left,) = tmp_path.glob(".out.*.tmp")
-    alive = tmp_path / f".out.{os.getpid()}.old"  # its process still writes
+    alive = tmp_path / f".out.{os.getppid()}.old"  # its process still writes
     mine = tmp_path / ".out.0123.tmp", tmp_path / ".out.tmp", tmp_path / f".outer{left.name[4:]}"
     for path in (alive, *mine):
         path.write_text("x")

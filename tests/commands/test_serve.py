@@ -290,6 +290,8 @@ def test_a_taken_port_is_said_before_anything_starts(tmp_path):
 def test_ctrl_c_stops_the_server(sign, tmp_path):
     port = free_port()
     code = (
+        # a shell starts background jobs with SIGINT ignored, and Python then leaves it so
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; from pathlib import Path; from fastmtp import serve;"
         f"serve.serve([sys.executable, {str(HERE / 'helpers' / 'stand_in.py')!r}, '--port', '{port}'], "
         f"{port}, Path({str(tmp_path / 'log')!r}))"
