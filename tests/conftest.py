@@ -1,9 +1,12 @@
 import json
+import os
 from pathlib import Path
 
-import pytest
-import torch
-from helpers.tiny import Useful, chatml_tokenizer, save_folder, useful_model
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub; without a network it tries for a minute
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from helpers.tiny import Useful, chatml_tokenizer, save_folder, useful_model  # noqa: E402
 
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread makes them thirty times slower
 

@@ -286,8 +286,10 @@ def test_every_command_of_the_console_shows_its_help(name, capsys):
 
 
 def test_bench_lists_its_tasks_and_refuses_others(capsys):
-    code, out, _ = console("bench", capsys)
+    code, out, _ = console("bench --help", capsys)
     assert code == 0 and "mt_bench" in out and "c_eval" in out
+    code, _, err = console("bench", capsys)  # nothing was asked
+    assert code == 2 and "mt_bench" in err and err.count("\n") == 1
     code, _, err = console("bench mtbench", capsys)
     assert code == 2 and "'mtbench'" in err and "mt_bench" in err and err.count("\n") == 1
 

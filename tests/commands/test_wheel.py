@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_shipped_file_and_no_other_package(wheel):
 
 def test_shipped_files_are_found_outside_the_checkout(installed):
     code = "from fastmtp import checkout, inputs\n" + "\n".join(
-        f"assert resource('{name}').is_file() and resource('{name}').is_absolute(), '{name}'"
+        f"assert (path := inputs.resource('{name}')).is_file() and path.is_absolute(), '{name}'"
         for name in (
             "configs/quickstart.yaml",
             "examples/prompts.jsonl",
