@@ -1,3 +1,3 @@
 """Measures a served model: accept length, speed and losslessness on seven benchmarks. See
-docs/serve_and_evaluate.md.
+docs/evaluate.md.
 """

@@ -121,7 +121,7 @@ def test_many_commands_are_seen():
     assert len(seen) > 60 and {name.split(":")[0] for name in seen} >= {
         "README.md",
         "docs/serve.md",
-        "docs/serve_and_evaluate.md",
+        "docs/evaluate.md",
         "fastmtp/serve.py",
         "evaluation/run.py",
         "benchmarks/speed/run.py",
