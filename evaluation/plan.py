@@ -26,6 +26,7 @@ from fastmtp import checkpoint
 from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.engines import sglang, vllm
 from fastmtp.engines.address import check_port
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import (
     FLOAT32,
     FLOAT32_ENVIRONMENT,
@@ -232,10 +233,11 @@ class Plan:
 
     def command(self, arm: Arm, port: int, backend: str | None = None) -> list[str]:
         """The engine's command line for one arm. `backend`: SGLang's for attention. InputError as there."""
+        flags = self.server_flags()
         if self.engine:
-            flags = merged(backend_vllm.flags(self.engine, arm.num_steps), self.server_flags())
-            return vllm.command(arm.model, arm.num_steps, arm.token_map, 1, port, flags, engine=self.engine)
-        return sglang.command(arm.model, arm.num_steps, arm.token_map, 1, port, self.server_flags(), backend)
+            flags = merged(backend_vllm.flags(self.engine, arm.num_steps), flags)
+        serving = Serving(arm.model, arm.num_steps, arm.token_map, port=port, flags=flags)
+        return vllm.command(serving, self.engine) if self.engine else sglang.command(serving, backend)
 
     def environment(self, arm: Arm) -> dict[str, str]:
         """Variables for the arm's server."""

@@ -26,8 +26,8 @@ from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
 from fastmtp.engines import vllm
 from fastmtp.engines.address import HOST
 from fastmtp.engines.process import Server, ServerError
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang import VOCAB_READY, command, sglang_version, vocab_environment
-from fastmtp.engines.sglang_flags import canonical
 from fastmtp.inputs import read_json, shipped
 
 KEY = "FASTMTP_API_KEY"
@@ -89,12 +89,22 @@ def main(argv: list[str] | None = None) -> None:
     ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
     check_arguments(args)
+    serving = Serving(
+        model=args.model,
+        num_steps=0 if args.no_spec else args.num_steps,
+        token_map=args.token_map,
+        token_maps=args.token_maps,
+        tp=args.tp,
+        host=args.host,
+        port=args.port,
+        flags=flags,
+    )
     # Of this user and this run alone: two servers, or another user's link, never meet here.
     folder = None if args.dry_run and not args.token_maps else Path(tempfile.mkdtemp(prefix="fastmtp-serve-"))
     if (args.engine or default_engine()) == "vllm":
-        start = start_vllm(args, flags)
+        start = start_vllm(args, serving)
     else:
-        start = start_sglang(args, canonical(flags), folder)
+        start = start_sglang(args, serving, folder)
     key = args.api_key or os.environ.get(KEY) or None
     if args.dry_run:
         print(start.shown(key))
@@ -111,12 +121,9 @@ def default_engine() -> str:
     return "sglang"
 
 
-def start_sglang(args, flags: list[str], folder: Path | None) -> Start:
+def start_sglang(args, serving: Serving, folder: Path | None) -> Start:
     """SGLang's start. `folder` takes the file of --token-maps. Raises InputError for what cannot work."""
-    steps = 0 if args.no_spec else args.num_steps
-    line = command(
-        args.model, steps, args.token_map, args.tp, args.port, flags, None, args.host, args.token_maps
-    )
+    line = command(serving)
     name = "SGLang" if args.dry_run else f"SGLang {sglang_version()}"
     if not args.token_maps:
         return Start(name, line)
@@ -125,22 +132,19 @@ def start_sglang(args, flags: list[str], folder: Path | None) -> Start:
     return Start(name, line, env, [VOCAB_READY])
 
 
-def start_vllm(args, flags: list[str]) -> Start:
+def start_vllm(args, serving: Serving) -> Start:
     """vLLM's start. Raises InputError for what cannot work."""
-    if args.token_maps:
-        raise InputError("--token-maps: vLLM cannot change maps while it runs; give one with --token-map")
-    steps = 0 if args.no_spec else args.num_steps
     engine = vllm.installed() if vllm.find_python() or not args.dry_run else None
-    line = vllm.command(args.model, steps, args.token_map, args.tp, args.port, flags, args.host, engine)
+    line = vllm.command(serving, engine)
     config = read_json(Path(args.model) / "config.json")
-    if steps and CONTRACT_KEY not in config:
+    if serving.num_steps and CONTRACT_KEY not in config:
         print(
             f"fastmtp.serve: warning: {args.model}/config.json does not say what its head was trained on; "
             "vLLM gives it the state before the final norm; if the head is ours, export the folder again",
             file=sys.stderr,
         )
     name = f"vLLM {engine.version}{' (CPU)' if engine.cpu else ''}" if engine else "vLLM"
-    ready = vllm.ready_lines(config, steps, args.token_map)
+    ready = vllm.ready_lines(config, serving.num_steps, args.token_map)
     return Start(name, line, vllm.environment(engine, args.model, args.tp), ready)
 
 

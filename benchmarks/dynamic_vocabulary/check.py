@@ -26,6 +26,7 @@ from fastmtp.chat import prompt_ids
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import process, sglang
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import FLOAT32, FLOAT32_ENVIRONMENT, MEASURED, merged, split_flags, streams
 from fastmtp.files import claim, write_json, write_jsonl, write_provenance
 from fastmtp.tokenizer import load_tokenizer
@@ -119,7 +120,7 @@ def samples(prompts: list[list[int]], turns: list[Turn], langs: list[str]) -> li
 def line(args, name: str, steps: int, port: int, flags: list[str]) -> list[str]:
     """One server's command line; maps are checked with the server that follows them."""
     maps = args.token_maps if name == "dynamic" else None
-    return sglang.command(args.model, steps, None, args.tp, port, flags, token_maps=maps)
+    return sglang.command(Serving(args.model, steps, token_maps=maps, tp=args.tp, port=port, flags=flags))
 
 
 def show(result: dict) -> None:

@@ -33,6 +33,7 @@ from evaluation.backends import BackendError, Server, Turn
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import DUMMY, MEASURED, merged, split_flags, streams
 from fastmtp.files import atomic, claim, write_json, write_provenance
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
@@ -70,7 +71,8 @@ def start(
     env |= {"SGLANG_SIMULATE_ACC_LEN": f"{tau:.4f}", "SGLANG_SIMULATE_ACC_METHOD": "match-expected"}
     env |= {"SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
     flags = merged(FLAGS, flags)
-    line = sglang.command(str(folder), steps, token_map and str(token_map), 1, port, flags)
+    serving = Serving(str(folder), steps, token_map and str(token_map), port=port, flags=flags)
+    line = sglang.command(serving)
     return process.Server(line, port, folder.parent / "logs" / f"{arm.name.replace(' ', '_')}.log", env=env)
 
 

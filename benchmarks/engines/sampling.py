@@ -27,6 +27,7 @@ from fastmtp import files
 from fastmtp.cli import Parser, at_least, run
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports
+from fastmtp.engines.request import Serving
 from fastmtp.show import markdown
 from fastmtp.tokenizer import load_tokenizer
 
@@ -131,7 +132,8 @@ def answers(args, arm: Arm, seeds: range, ids: list[int]) -> dict[float, list[li
         "--enforce-eager",
     ]
     steps = 0 if arm.drafts is None else args.num_steps
-    line = vllm.command(args.model, steps, arm.token_map, 1, port, flags, engine=engine)
+    serving = Serving(args.model, steps, arm.token_map, port=port, flags=flags)
+    line = vllm.command(serving, engine)
     if steps:
         place = line.index("--speculative-config") + 1
         line[place] = json.dumps(json.loads(line[place]) | arm.drafts)

@@ -24,6 +24,7 @@ from fastmtp.cli import Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports, together
+from fastmtp.engines.request import Serving
 from fastmtp.show import markdown
 from fastmtp.tokenizer import load_tokenizer
 
@@ -65,9 +66,8 @@ def measure(args, mode: str, prompts: list[list[int]]) -> list[dict]:
     common = ["--dtype", args.dtype, *ONE, *MODES[mode]]
     servers = []
     for port, (steps, token_map) in zip(free_ports(len(arms)), arms.values(), strict=True):
-        line = vllm.command(
-            args.model, steps, token_map, 1, port, [*common, *flags(engine, steps)], engine=engine
-        )
+        own = [*common, *flags(engine, steps)]
+        line = vllm.command(Serving(args.model, steps, token_map, port=port, flags=own), engine)
         log = Path(args.out).with_suffix("") / f"{mode}-{len(servers)}.log"
         servers.append(Server(line, port, log, env=vllm.environment(engine, args.model)))
     with together(servers) as outcomes:

@@ -16,6 +16,7 @@ import torch
 from benchmarks import shapes
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import DUMMY, MEASURED, canonical, merged, streams, without
 from fastmtp.files import atomic
 from fastmtp.vocab.draft_vocab import DraftVocab
@@ -161,7 +162,8 @@ def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str
             torch.save(torch.arange(point.head_rows, dtype=torch.int64), temporary)
     own = list(point.variant.flags) if point.num_steps else point.variant.plain_flags()
     flags = merged([*DUMMY, *MEASURED, *streams(1)], merged(own, flags))
-    return sglang.command(str(folder), point.num_steps, token_map and str(token_map), 1, port, flags)
+    serving = Serving(str(folder), point.num_steps, token_map and str(token_map), port=port, flags=flags)
+    return sglang.command(serving)
 
 
 def vocabulary(point: Point, folder: Path) -> dict[str, str]:

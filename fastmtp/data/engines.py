@@ -17,6 +17,7 @@ import torch
 
 from fastmtp.cli import InputError
 from fastmtp.engines.process import Server, free_ports, together
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang import command, sglang_version, without
 
 GRAPHS = [
@@ -118,12 +119,8 @@ def engines(
     ours = throughput_flags(model, -(-requests // count), dtype, -(-count // gpus), memory)
     servers = []
     for n, port in enumerate(free_ports(count)):
-        line = command(
-            model,
-            num_steps=0,
-            port=port,
-            flags=[*without(ours, flags), "--base-gpu-id", str(n % gpus), *flags],
-        )
+        own = [*without(ours, flags), "--base-gpu-id", str(n % gpus), *flags]
+        line = command(Serving(model, num_steps=0, port=port, flags=own))
         servers.append(Server(line, port, logs / f"engine-{n}.log", env=ENVIRONMENT))
     with together(servers) as outcomes:
         for error in filter(None, outcomes):

@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from fastmtp.checkpoint import CONTRACT_KEY
 from fastmtp.cli import InputError
-from fastmtp.engines.address import HOST, check_host, check_port
+from fastmtp.engines.address import check_host, check_port
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import ALIASES, canonical, merged, values
 from fastmtp.engines.sglang_flags import split_flags as split_flags
 from fastmtp.engines.sglang_flags import without as without
@@ -116,23 +117,12 @@ def check_model(folder: str, num_steps: int, flags: Sequence[str] = ()) -> dict:
     return config
 
 
-def check(
-    model: str,
-    num_steps: int = 3,
-    token_map: str | None = None,
-    tp: int = 1,
-    port: int = 30000,
-    flags: Sequence[str] = (),
-    host: str = HOST,
-    token_maps: str | None = None,
-) -> dict:
-    """The model's config. InputError for what cannot work, however it was said.
-
-    num_steps 0 is plain decoding; token_map is SGLang's own, token_maps ("en=PATH,zh=PATH") follow languages.
-    """
-    flags = canonical(flags)
-    check_port(port)
-    check_host(host, port)
+def check(serving: Serving) -> dict:
+    """The model's config. InputError for what cannot work, however it was said."""
+    model, num_steps, flags = serving.model, serving.num_steps, canonical(serving.flags)
+    token_map, token_maps = serving.token_map, serving.token_maps
+    check_port(serving.port)
+    check_host(serving.host, serving.port)
     config = check_model(model, num_steps, flags)
     contract = config.get(CONTRACT_KEY)
     if num_steps and isinstance(contract, dict) and contract.get("mtp_hidden") == "pre_norm":
@@ -140,7 +130,7 @@ def check(
             f"{model}: its head was trained on the state before the final norm, and SGLang hands over the "
             "one after it; serve it with --engine vllm, or train it with mtp_hidden post_norm"
         )
-    own = {"--model-path": model, "--host": host, "--port": str(port)}
+    own = {"--model-path": model, "--host": serving.host, "--port": str(serving.port)}
     if num_steps:
         own["--speculative-num-steps"] = str(num_steps)
         own["--speculative-token-map"] = str(Path(token_map).resolve()) if token_map else None
@@ -149,12 +139,11 @@ def check(
     if (token_map or token_maps) and not num_steps:
         name = "--token-map" if token_map else "--token-maps"
         raise InputError(f"{name} without drafts: there is nothing to shorten; leave the map out")
-    tp = whole("--tp", said.get("--tp-size", tp))
+    tp = whole("--tp", said.get("--tp-size", serving.tp))
     if token_map and tp > 1:
         raise InputError(
-            f"--token-map with --tp {tp}: SGLang indexes a head split over GPUs with whole-vocabulary ids "
-            f"and "
-            "crashes or drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1 or no map"
+            f"--token-map with --tp {tp}: SGLang indexes a head split over GPUs with whole-vocabulary ids, "
+            "and crashes or drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1 or no map"
         )
     if token_maps and "--enable-dp-attention" in said:
         raise InputError(
@@ -205,21 +194,12 @@ def vocabulary(model: str, config: dict) -> int:
     return size
 
 
-def command(
-    model: str,
-    num_steps: int = 3,
-    token_map: str | None = None,
-    tp: int = 1,
-    port: int = 30000,
-    flags: Sequence[str] = (),
-    backend: str | None = None,
-    host: str = HOST,
-    token_maps: str | None = None,
-) -> list[str]:
-    """SGLang's command line. `flags` override what is chosen here. Raises InputError as `check` does."""
-    flags = canonical(flags)
-    check(model, num_steps, token_map, tp, port, flags, host, token_maps)
-    parts = ["--model-path", model, "--host", host, "--port", str(port), "--tp-size", str(tp)]
+def command(serving: Serving, backend: str | None = None) -> list[str]:
+    """SGLang's command line. backend: for attention. Raises InputError as `check` does."""
+    check(serving)
+    num_steps, token_map = serving.num_steps, serving.token_map
+    parts = ["--model-path", serving.model, "--host", serving.host, "--port", str(serving.port)]
+    parts += ["--tp-size", str(serving.tp)]
     attention = backend or attention_backend()
     parts += ["--attention-backend", attention, "--sampling-backend", "pytorch"]
     if num_steps:
@@ -231,7 +211,7 @@ def command(
     if token_map:
         # A path that does not exist would be taken for a Hub repository.
         parts += ["--speculative-token-map", str(Path(token_map).resolve())]
-    return [sys.executable, "-m", "sglang.launch_server", *merged(parts, flags)]
+    return [sys.executable, "-m", "sglang.launch_server", *merged(parts, canonical(serving.flags))]
 
 
 def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> dict[str, str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from fastmtp.checkpoint import is_post_norm
 from fastmtp.cli import InputError
-from fastmtp.engines.address import HOST, check_host, check_port
+from fastmtp.engines.address import check_host, check_port
+from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang import check_model, vocabulary, whole
 from fastmtp.engines.sglang_flags import merged, values
 from fastmtp.inputs import existing
@@ -95,25 +96,21 @@ def installed() -> Engine:
     return engine
 
 
-def check(
-    model: str,
-    num_steps: int = 3,
-    token_map: str | None = None,
-    tp: int = 1,
-    port: int = 30000,
-    flags: Sequence[str] = (),
-    host: str = HOST,
-) -> dict:
+def check(serving: Serving) -> dict:
     """The model's config. InputError for what cannot work, whether our options or vLLM's flags say it."""
-    check_host(host, port)
-    check_port(port)
-    config = check_model(model, num_steps, flags)
-    whole("--tp", tp)
-    check_flags(flags)
+    model, num_steps, token_map = serving.model, serving.num_steps, serving.token_map
+    if serving.token_maps:
+        raise InputError("--token-maps: vLLM cannot change maps while it runs; give one with --token-map")
+    check_host(serving.host, serving.port)
+    check_port(serving.port)
+    config = check_model(model, num_steps, serving.flags)
+    whole("--tp", serving.tp)
+    check_flags(serving.flags)
     if token_map and not num_steps:
         raise InputError("--token-map without drafts: there is nothing to shorten; leave the map out")
     if token_map:
-        draft_vocab.load_map(token_map, values(flags).get("--tokenizer", model), vocabulary(model, config))
+        tokenizer = values(serving.flags).get("--tokenizer", model)
+        draft_vocab.load_map(token_map, tokenizer, vocabulary(model, config))
     return config
 
 
@@ -132,28 +129,18 @@ def check_flags(flags: Sequence[str]) -> None:
         raise InputError(f"-- {name}: abbreviated; write the flag out, such as {full}")
 
 
-def command(
-    model: str,
-    num_steps: int = 3,
-    token_map: str | None = None,
-    tp: int = 1,
-    port: int = 30000,
-    flags: Sequence[str] = (),
-    host: str = HOST,
-    engine: Engine | None = None,
-) -> list[str]:
-    """vLLM's command line. num_steps 0 is plain decoding; `flags` override. InputError as `check` raises it.
-
-    engine None: the line for a machine that is not this one.
-    """
-    config = check(model, num_steps, token_map, tp, port, flags, host)
+def command(serving: Serving, engine: Engine | None = None) -> list[str]:
+    """vLLM's command line. engine None: for a machine that is not this one. Raises InputError as `check`."""
+    config = check(serving)
+    num_steps, token_map = serving.num_steps, serving.token_map
     ours = num_steps and (token_map or is_post_norm(config))
     if ours and engine and not engine.plugin:
         raise InputError(
             f"{engine.python} lacks our plugin, so vLLM would draft from the wrong state; in this checkout: "
             f"{engine.python} -m pip install --no-deps -e ."
         )
-    parts = ["--model", model, "--host", host, "--port", str(port), "--tensor-parallel-size", str(tp)]
+    parts = ["--model", serving.model, "--host", serving.host, "--port", str(serving.port)]
+    parts += ["--tensor-parallel-size", str(serving.tp)]
     if num_steps:
         drafts = {"method": "mtp", "num_speculative_tokens": num_steps}
         if token_map:
@@ -164,7 +151,7 @@ def command(
         parts += ["--additional-config", json.dumps({TOKEN_MAP: path})]
     # Not `vllm serve`: that asks for a distribution named vllm, which the CPU build's is not.
     python = engine.python if engine else sys.executable
-    return [python, "-m", "vllm.entrypoints.openai.api_server", *merged(parts, flags)]
+    return [python, "-m", "vllm.entrypoints.openai.api_server", *merged(parts, serving.flags)]
 
 
 def environment(engine: Engine | None, model: str, tp: int = 1) -> dict[str, str]:

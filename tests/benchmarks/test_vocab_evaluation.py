@@ -32,8 +32,9 @@ def asked(tmp_path, base_folder, monkeypatch):
         torch.save(torch.arange(20), tmp_path / f"{lang}.pt")
 
     def make(says=sglang.VOCAB_READY):
-        def command(model, steps, token_map, tp, port, flags, token_maps=None):
-            line = f"echo '{says}'; exec {sys.executable} {STAND_IN} --port {port} --num-steps {steps}"
+        def command(serving):
+            options = f"--port {serving.port} --num-steps {serving.num_steps}"
+            line = f"echo '{says}'; exec {sys.executable} {STAND_IN} {options}"
             return ["sh", "-c", line]
 
         monkeypatch.setattr(sglang, "command", command)
@@ -197,12 +198,10 @@ def test_a_dead_arm_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     shapes.write_folder(shapes.SHAPES["tiny"], tmp_path / "model")
     monkeypatch.setattr(sglang, "sglang_version", lambda: "0.5.17")
 
-    def line(model, steps, token_map, tp, port, flags):
-        return (
-            ["false"]
-            if token_map
-            else [sys.executable, STAND_IN, "--port", str(port), "--num-steps", str(steps)]
-        )
+    def line(serving):
+        port, steps = str(serving.port), str(serving.num_steps)
+        alive = [sys.executable, STAND_IN, "--port", port, "--num-steps", steps]
+        return ["false"] if serving.token_map else alive
 
     monkeypatch.setattr(sglang, "command", line)
     args = vocab_cost.parser().parse_args(

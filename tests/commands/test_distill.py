@@ -420,13 +420,13 @@ def test_in_this_process_the_same_contract_and_a_cut_run_gives_the_same_answers(
 def test_engines_are_started_and_stopped_and_share_the_gpu(place, monkeypatch):
     started = []
 
-    def command(model, num_steps, port, flags):
-        started.append(flags)
+    def command(serving):
+        started.append(serving.flags)
         return [
             sys.executable,
             str(Path(__file__).parents[1] / "helpers" / "stand_in.py"),
             "--port",
-            str(port),
+            str(serving.port),
         ]
 
     monkeypatch.setattr(engines, "command", command)

@@ -1,25 +1,22 @@
-"""The command line for SGLang, and a server's life: readiness, death, hanging start, Ctrl-C (stand-ins on
+"""The serve command and a server's life: readiness, death, hanging start, Ctrl-C (stand-ins on
 loopback).
 """
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
-import torch
+from helpers.serving import exported
 from helpers.stand_in import free_port
 
 from fastmtp import serve
 from fastmtp.cli import InputError
 from fastmtp.engines import process, sglang, vllm
-from fastmtp.engines.sglang_flags import canonical
 
 HERE = Path(__file__).parents[1]
 
@@ -33,192 +30,6 @@ def no_vllm(monkeypatch):
 @pytest.fixture
 def model(tmp_path):
     return exported(tmp_path / "model")
-
-
-def exported(folder, **changes):
-    folder.mkdir()
-    config = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
-    config["vocab_size"] = 400
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    return str(folder)
-
-
-def a_map(folder, ids=range(20)):
-    """A map without a description beside it."""
-    torch.save(torch.tensor(list(ids)), folder / "en.pt")
-    return str(folder / "en.pt")
-
-
-def value(line, flag):
-    return line[line.index(flag) + 1]
-
-
-def test_the_command_line(model, tmp_path):
-    path = a_map(tmp_path)
-    line = sglang.command(model, 3, path, backend="triton")
-    assert line[:3] == [sys.executable, "-m", "sglang.launch_server"]
-    assert value(line, "--model-path") == model and value(line, "--port") == "30000"
-    assert value(line, "--speculative-algorithm") == "EAGLE"
-    assert (
-        value(line, "--speculative-num-steps") == "3" and value(line, "--speculative-num-draft-tokens") == "4"
-    )
-    assert value(line, "--speculative-eagle-topk") == "1"
-    assert value(line, "--speculative-token-map") == str(Path(path).resolve())
-    assert "--trust-remote-code" not in line
-    plain = sglang.command(model, 0, backend="triton")
-    assert not [part for part in plain if "speculative" in part]
-
-
-def test_flags_of_the_user_win_and_stand_there_once(model):
-    flags = ["--attention-backend", "flashinfer", "--tp-size=2", "--disable-radix-cache"]
-    line = sglang.command(model, 3, flags=flags, backend="triton")
-    assert "triton" not in line and line.count("--attention-backend") == 1
-    assert "--tp-size" not in line and "--tp-size=2" in line and line[-1] == "--disable-radix-cache"
-
-
-def test_old_flag_names_are_given_their_new_ones():
-    assert canonical(["--cuda-graph-max-bs", "1", "--cuda-graph-max-bs=2", "--x"]) == [
-        "--cuda-graph-max-bs-decode",
-        "1",
-        "--cuda-graph-max-bs-decode=2",
-        "--x",
-    ]
-
-
-def test_remote_code_only_if_the_user_says_so(tmp_path):
-    released = exported(tmp_path / "mimo", model_type="mimo", auto_map={"AutoConfig": "c.C"})
-    with pytest.raises(InputError, match="needs code from this folder; read that code"):
-        sglang.command(released, backend="triton")
-    allowed = sglang.command(released, flags=["--trust-remote-code"], backend="triton")
-    assert allowed.count("--trust-remote-code") == 1
-    known = exported(tmp_path / "known", auto_map={"AutoConfig": "c.C"})
-    assert "--trust-remote-code" not in sglang.command(known, backend="triton")
-
-
-TWO_GPUS = r"--token-map with --tp 2.*sgl-project/sglang/issues/4328"
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--tp 2", TWO_GPUS),
-        ("--tp=2", TWO_GPUS),
-        ("--tp-size 2", TWO_GPUS),
-        ("--tensor-parallel-size=2", TWO_GPUS),
-        ("--tensor-parallel-size 1 --tp 2", TWO_GPUS),
-        ("--tensor-parallel 2", "abbreviated"),
-        ("--tp two", "--tp two: must be a whole number"),
-        ("--tp 0", "--tp 0: must be"),
-        ("--port 30001", "--port 30001 after --"),
-        ("--port=0", "--port 0 after --"),
-        ("--host 0.0.0.0", "--host 0.0.0.0 after --"),
-        ("--model other", "--model-path other after --"),
-        ("--model-path=other", "--model-path other after --"),
-        ("--speculative-num-steps 5", "--speculative-num-steps 5 after --"),
-        ("--speculative-token-map ids.json", "ids.json after --.*give --token-map"),
-        ("--speculative-num-draft-tokens 9", "must be 4 for 3 steps"),
-        ("--speculative-eagle-topk 4", "must be 1 for drafts"),
-        ("--speculative-algorithm NGRAM", "must be EAGLE"),
-        ("--speculative-draft-model other", "the head in the model folder is the draft"),
-        ("--speculative-accept-threshold-single 0.5", "must be 1 for drafts"),
-        ("--speculative-num 5", "abbreviated"),
-        ("--config server.yaml", "write its flags out"),
-        ("--config=server.yaml", "write its flags out"),
-        ("--api-key secret", "it would be printed"),
-    ],
-)
-def test_flags_after_the_dashes_are_checked_like_our_own(flags, message, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
-    argv = ["--model", model, "--token-map", a_map(tmp_path), "--dry-run", "--", *flags.split()]
-    with pytest.raises(InputError, match=message) as caught:
-        serve.main(argv)
-    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("flag", ["--speculative-algorithm EAGLE", "--speculative-num-steps=3"])
-def test_plain_decoding_takes_no_drafting_flags(flag, model):
-    with pytest.raises(InputError, match="--speculative-"):
-        sglang.command(model, 0, flags=flag.split(), backend="triton")
-
-
-def test_flags_that_repeat_our_options_stand_there_once(model):
-    flags = ["--port", "30000", "--speculative-num-steps=3", "--speculative-draft-attention-backend", "fa3"]
-    line = sglang.command(model, 3, port=30000, flags=flags, backend="triton")
-    names = [part.partition("=")[0] for part in line if part.startswith("--")]
-    assert len(names) == len(set(names)) and value(line, "--port") == "30000"
-    assert sglang.command(model, 0, flags=flags[-2:], backend="triton"), "a baseline passes over it"
-
-
-@pytest.mark.parametrize("port", [0, -1, 65536])
-def test_ports_and_hosts_that_cannot_be(port, model):
-    with pytest.raises(InputError, match=f"--port {port}: must be between 1 and 65535"):
-        sglang.command(model, port=port, backend="triton")
-    with pytest.raises(InputError, match="--host no such host"):
-        sglang.command(model, host="no such host", backend="triton")
-
-
-def test_maps_are_checked_before_anything_starts(model, base_folder, tmp_path):
-    for ids, message in (([5, 400], "id 400 is outside"), ([-1], "id -1 is outside")):
-        with pytest.raises(InputError, match=message):
-            sglang.command(model, token_map=a_map(tmp_path, ids), backend="triton")
-    with pytest.raises(InputError, match="zh.pt: no such token map"):
-        sglang.command(model, token_maps=f"en={a_map(tmp_path)},zh={tmp_path}/zh.pt", backend="triton")
-    with pytest.raises(InputError, match="--token-maps with --enable-dp-attention"):
-        flags = ["--dp", "2", "--enable-dp-attention"]
-        sglang.command(model, token_maps=f"en={a_map(tmp_path)}", flags=flags, backend="triton")
-    beside = {"tokenizer": {"name": "other", "sha256_of_vocabulary": "f00", "ids": 30}}
-    path = a_map(tmp_path)
-    Path(path).with_suffix(".json").write_text(json.dumps(beside))
-    for maps in ({"token_map": path}, {"token_maps": f"en={path}"}):
-        with pytest.raises(InputError, match="made for another tokenizer"):
-            sglang.command(str(base_folder), backend="triton", **maps)
-
-
-@pytest.mark.parametrize(
-    "changes, given, message",
-    [
-        ({"architectures": ["LlamaForCausalLM"]}, {}, "export with fastmtp.export, or --no-spec"),
-        ({"num_nextn_predict_layers": None}, {}, "num_nextn_predict_layers is None, must be 1"),
-        ({}, {"token_map": "/nowhere/en.pt"}, "no such token map"),
-        ({}, {"token_map": "/nowhere/en.pt", "num_steps": 0}, "nothing to shorten"),
-        ({}, {"token_map": "/nowhere/en.pt", "tp": 2}, r"sgl-project/sglang/issues/4328"),
-    ],
-)
-def test_what_cannot_work_is_refused_with_the_reason(changes, given, message, tmp_path):
-    folder = exported(tmp_path / "m", **changes)
-    with pytest.raises(InputError, match=message) as caught:
-        sglang.command(folder, backend="triton", **given)
-    assert "\n" not in str(caught.value)
-
-
-def test_any_model_can_be_served_plain(tmp_path):
-    folder = exported(tmp_path / "m", architectures=["LlamaForCausalLM"])
-    assert sglang.command(folder, 0, backend="triton")
-    with pytest.raises(InputError, match="no such model folder"):
-        sglang.command(str(tmp_path / "none"))
-
-
-def test_versions(monkeypatch):
-    for version, fine in (("0.5.17", True), ("0.5.23", True), ("0.6.0rc1", True), ("0.5.9", False)):
-        monkeypatch.setattr(sglang.importlib.metadata, "version", lambda name, v=version: v)
-        if fine:
-            assert sglang.sglang_version() == version
-        else:
-            with pytest.raises(InputError, match="too old"):
-                sglang.sglang_version()
-
-
-@pytest.mark.parametrize(
-    "kernels, capability, backend",
-    [(True, "9.0", "fa3"), (False, "9.0", "triton"), (True, "8.6", "triton"), (True, "", "triton")],
-)
-def test_the_attention_backend_is_what_can_run(kernels, capability, backend, tmp_path, monkeypatch):
-    if kernels:
-        (tmp_path / "flash_ops.abi3.so").write_bytes(b"")
-    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(sglang.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(sglang, "compute_capability", lambda: capability)
-    assert sglang.attention_backend() == backend
 
 
 def test_a_server_is_awaited_and_ended_with_its_children(tmp_path):
@@ -399,14 +210,3 @@ def test_the_script_adds_the_single_stream_flags_unless_given_others(own, model)
     assert found.returncode == 0, found.stderr
     assert ("--max-running-requests 1 --cuda-graph-max-bs-decode 1" in found.stdout) == (not own)
     assert "--speculative-num-steps 3" in found.stdout
-
-
-def test_with_fa3_the_draft_keeps_its_cuda_graphs(model):
-    flag = "--speculative-draft-attention-backend"
-    line = sglang.command(model, 3, backend="fa3")
-    assert line[line.index(flag) + 1] == "triton"
-    assert flag not in sglang.command(model, 0, backend="fa3") and flag not in sglang.command(
-        model, 3, backend="triton"
-    )
-    own = sglang.command(model, 3, flags=[flag, "fa3"], backend="fa3")
-    assert own.count(flag) == 1 and own[own.index(flag) + 1] == "fa3"

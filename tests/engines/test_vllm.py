@@ -5,12 +5,13 @@ import os
 import sys
 
 import pytest
-import torch
+from helpers.serving import a_map, exported, value
 
 from fastmtp import serve
 from fastmtp.checkpoint import CONTRACT, CONTRACT_KEY
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang, vllm
+from fastmtp.engines.request import Serving
 from fastmtp.engines.vllm import Engine
 from fastmtp.vllm_ext import POST_NORM_READY, TOKEN_MAP, TOKEN_MAP_READY
 
@@ -20,29 +21,21 @@ GPU = Engine("/opt/python", "0.33.0", cpu=False, plugin=True)
 
 @pytest.fixture
 def model(tmp_path):
-    return exported(tmp_path / "model")
+    return ours(tmp_path / "model")
 
 
-def exported(folder, **changes):
-    folder.mkdir()
-    config = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
-    config |= {"vocab_size": 400, "max_position_embeddings": 512, CONTRACT_KEY: CONTRACT, **SHAPE}
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    return str(folder)
+def ours(folder, **changes):
+    """A folder whose head says what it was trained on, with a shape."""
+    return exported(folder, **{"max_position_embeddings": 512, CONTRACT_KEY: CONTRACT, **SHAPE, **changes})
 
 
-def a_map(folder, ids=range(20)):
-    torch.save(torch.tensor(list(ids)), folder / "en.pt")
-    return str(folder / "en.pt")
-
-
-def value(line, flag):
-    return line[line.index(flag) + 1]
+def command(model, *settings, engine=GPU, **more):
+    return vllm.command(Serving(model, *settings, **more), engine)
 
 
 def test_the_command_line(model, tmp_path):
     path = a_map(tmp_path)
-    line = vllm.command(model, 3, path, 2, 30001, host="::1", engine=GPU)
+    line = command(model, 3, path, tp=2, port=30001, host="::1")
     # `vllm serve` would ask for a distribution named vllm, which the CPU build lacks
     assert line[:3] == ["/opt/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert value(line, "--model") == model and value(line, "--tensor-parallel-size") == "2"
@@ -53,10 +46,10 @@ def test_the_command_line(model, tmp_path):
 
 
 def test_without_a_map_and_without_drafts(model):
-    line = vllm.command(model, 5, engine=GPU)
+    line = command(model, 5)
     assert json.loads(value(line, "--speculative-config")) == {"method": "mtp", "num_speculative_tokens": 5}
     assert "--additional-config" not in line
-    plain = vllm.command(model, 0, flags=["--dtype", "float32"], engine=GPU)
+    plain = command(model, 0, flags=["--dtype", "float32"])
     assert "--speculative-config" not in plain and plain[-2:] == ["--dtype", "float32"]
 
 
@@ -81,7 +74,7 @@ def test_without_a_map_and_without_drafts(model):
 )
 def test_flags_that_our_options_decide(flag, message, model):
     with pytest.raises(InputError, match=message) as caught:
-        vllm.command(model, 3, flags=flag.split(), engine=GPU)
+        command(model, 3, flags=flag.split())
     assert "\n" not in str(caught.value) and "s3cret" not in str(caught.value)
 
 
@@ -97,35 +90,35 @@ def test_flags_that_only_begin_like_ours(model):
         "-O",
         "0",
     ]
-    assert vllm.command(model, 3, flags=flags, engine=GPU)[-len(flags) :] == flags
+    assert command(model, 3, flags=flags)[-len(flags) :] == flags
 
 
 def test_what_cannot_work(model, tmp_path):
     path = a_map(tmp_path)
     with pytest.raises(InputError, match="--token-map without drafts"):
-        vllm.command(model, 0, path, engine=GPU)
+        command(model, 0, path)
     with pytest.raises(InputError, match="id 399 is outside|no tokenizer|id 400 is outside"):
-        vllm.command(model, 3, a_map(tmp_path, [1, 400]), engine=GPU)
+        command(model, 3, a_map(tmp_path, [1, 400]))
     with pytest.raises(InputError, match="no such"):
-        vllm.command(model, 3, str(tmp_path / "none.pt"), engine=GPU)
+        command(model, 3, str(tmp_path / "none.pt"))
     with pytest.raises(InputError, match="architectures is"):
-        vllm.command(exported(tmp_path / "plain", architectures=["Qwen2ForCausalLM"]), 3, engine=GPU)
+        command(ours(tmp_path / "plain", architectures=["Qwen2ForCausalLM"]), 3)
     with pytest.raises(InputError, match="num_nextn_predict_layers is 3"):
-        vllm.command(exported(tmp_path / "three", num_nextn_predict_layers=3), 3, engine=GPU)
+        command(ours(tmp_path / "three", num_nextn_predict_layers=3), 3)
     with pytest.raises(InputError, match="--port"):
-        vllm.command(model, 3, port=70000, engine=GPU)
+        command(model, 3, port=70000)
 
 
 def test_our_folder_is_not_drafted_from_without_our_plugin(model, tmp_path):
     bare = Engine("/opt/python", "0.33.0", cpu=False, plugin=False)
     with pytest.raises(InputError, match="/opt/python lacks our plugin"):
-        vllm.command(model, 3, engine=bare)
-    assert vllm.command(model, 0, engine=bare)  # plain decoding is the same without it
+        command(model, 3, engine=bare)
+    assert command(model, 0, engine=bare)  # plain decoding is the same without it
     # Another's head has vLLM's own contract; a map needs the plugin all the same.
-    other = exported(tmp_path / "other", **{CONTRACT_KEY: None})
-    assert vllm.command(other, 3, engine=bare)
+    other = ours(tmp_path / "other", **{CONTRACT_KEY: None})
+    assert command(other, 3, engine=bare)
     with pytest.raises(InputError, match="lacks our plugin"):
-        vllm.command(other, 3, a_map(tmp_path), engine=bare)
+        command(other, 3, a_map(tmp_path), engine=bare)
 
 
 def test_what_the_log_must_say(tmp_path):
@@ -188,7 +181,7 @@ def test_serve_for_vllm(model, tmp_path, monkeypatch, capsys):
         serve.main(["--model", model, "--engine", "vllm", "--token-maps", "en=a.pt", "--dry-run"])
     with pytest.raises(InputError, match="vLLM is not installed"):
         serve.main(["--model", model, "--engine", "vllm"])
-    other = exported(tmp_path / "other")
+    other = ours(tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     del config[CONTRACT_KEY]
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
@@ -209,8 +202,8 @@ def test_the_default_is_what_is_installed(monkeypatch):
 
 
 def test_a_head_for_the_state_before_the_norm_is_vllms_alone(tmp_path):
-    folder = exported(tmp_path / "pre", **{CONTRACT_KEY: {"mtp_hidden": "pre_norm"}})
+    folder = ours(tmp_path / "pre", **{CONTRACT_KEY: {"mtp_hidden": "pre_norm"}})
     bare = Engine("/opt/python", "0.33.0", cpu=False, plugin=False)
-    assert vllm.command(folder, 3, engine=bare)
+    assert command(folder, 3, engine=bare)
     with pytest.raises(InputError, match="before the final norm"):
-        sglang.command(folder, 3, backend="triton")
+        sglang.command(Serving(folder), "triton")

@@ -25,6 +25,7 @@ from fastmtp.chat import prompt_ids
 from fastmtp.data.prompts import read_prompts
 from fastmtp.engines import vllm
 from fastmtp.engines.process import Server, free_ports
+from fastmtp.engines.request import Serving
 from fastmtp.engines.vllm_stock import BACKBONE, MODEL
 from fastmtp.export import export
 from fastmtp.prepare_model import prepare
@@ -96,7 +97,8 @@ def check_passes(turns, expected):
 def line_for(model, steps):
     """vLLM's command line, as evaluation starts it."""
     port, engine = free_ports(1)[0], vllm.installed()
-    return port, vllm.command(model, steps, None, 1, port, [*ONE, *flags(engine, steps)], engine=engine)
+    own = [*ONE, *flags(engine, steps)]
+    return port, vllm.command(Serving(model, steps, port=port, flags=own), engine)
 
 
 def server(port, line, model, log):

@@ -58,17 +58,17 @@ def started(monkeypatch):
     calls = []
     built = sglang.command
 
-    def stand_in(model, num_steps=3, token_map=None, tp=1, port=30000, flags=(), backend=None):
-        line = built(model, num_steps, token_map, tp, port, flags, backend or "triton")
+    def stand_in(serving, backend=None):
+        line = built(serving, backend or "triton")
         if backend is None:
             calls.append(line)
         return [
             sys.executable,
             str(HERE / "helpers" / "stand_in.py"),
             "--port",
-            str(port),
+            str(serving.port),
             "--num-steps",
-            str(num_steps),
+            str(serving.num_steps),
         ]
 
     monkeypatch.setattr(sglang, "command", stand_in)

@@ -9,6 +9,7 @@ from helpers.tiny import save_folder, tiny_model, useful_model
 from fastmtp.checkpoint import head_state, read_head, save_head
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
+from fastmtp.engines.request import Serving
 from fastmtp.export import export
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.reference.model import check, put_head
@@ -68,8 +69,8 @@ def test_the_choice_travels_with_the_head(base_folder, tmp_path):
     assert about["fastmtp"]["mtp_hidden"] == about["mtp_hidden"] == "pre_norm"
     assert check(tmp_path / "model").mtp_hidden == "pre_norm" == head_state(tmp_path / "model")
     with pytest.raises(InputError, match="SGLang hands over the one after"):
-        sglang.check(str(tmp_path / "model"), 3)
-    sglang.check(str(tmp_path / "model"), 0)  # plain decoding needs no head
+        sglang.check(Serving(str(tmp_path / "model")))
+    sglang.check(Serving(str(tmp_path / "model"), 0))  # plain decoding needs no head
     net = tiny_model(0, vocab_size=320)
     put_head(net, tmp_path / "head", head)
     assert net.config.mtp_hidden == "pre_norm"
