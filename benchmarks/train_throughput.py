@@ -3,8 +3,9 @@
 Dummy weights of the real shape (bfloat16 backbone, float32 head under autocast), synthetic documents of 32 to
 4,096 tokens with a mean near 700, a quarter of each a prompt; the same documents and the same AdamW for both
 
-    ours         documents packed into rows of --packed-length, frozen backbone without a graph, `exact`
-                 attention on flash kernels, cross-entropy at targets alone; one optimiser step per row
+    ours         documents packed into rows of --packed-length, frozen backbone without a graph, --attention
+                 on torch's flash kernels, cross-entropy at targets alone; one optimiser step per row
+    flash-attn   the same through FlashAttention 4 (`mtp_flash_attn: true`)
     paper-style  as the paper's code and `swift sft`'s defaults have it: one document per batch, backward with
                  gradient checkpointing through the frozen backbone, next-token logits computed (and weighted
                  0), float32 logits of every position at each step, `paper` attention; one optimiser step per
@@ -35,18 +36,21 @@ from transformers import Qwen2ForCausalLM
 from benchmarks.shapes import SHAPES
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.data.recipe_check import has_flash_attn
 from fastmtp.head.losses import IGNORE, step_targets, step_weights
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
-from fastmtp.head.recursion import layout, recurse
+from fastmtp.head.recursion import ATTENTIONS, layout, recurse
+from fastmtp.head.varlen import use_flash_attn
 
-IMPLEMENTATIONS = ("ours", "paper-style")
+IMPLEMENTATIONS = ("ours", "flash-attn", "paper-style")
 ACCUMULATED = 8  # documents a step of the optimiser, in the paper's recipe
 
 
-def build(shape: dict, num_steps: int, device: str) -> MiMoForCausalLM:
+def build(shape: dict, num_steps: int, device: str, attention: str = "exact") -> MiMoForCausalLM:
     """Random weights on the device, as the ms-swift plugin loads them: all frozen but the float32 head."""
     rope = {"rope_type": "default", "rope_theta": shape["rope_theta"]}
-    config = MiMoConfig(**shape, rope_parameters=rope, mtp_num_steps=num_steps, attn_implementation="sdpa")
+    settings = {"mtp_num_steps": num_steps, "mtp_attention": attention, "attn_implementation": "sdpa"}
+    config = MiMoConfig(**shape, rope_parameters=rope, **settings)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -152,11 +156,9 @@ class Trainer:
     """One implementation's step over a list of batches, the optimiser included."""
 
     def __init__(self, net: MiMoForCausalLM, impl: str, device: str, recompute: bool):
-        self.net, self.impl, self.device = net, impl, device
+        self.net, self.stock, self.device = net, impl == "paper-style", device
         self.optimiser = torch.optim.AdamW(net.head.parameters(), lr=1e-5, fused=True)
-        if (
-            impl == "paper-style"
-        ):  # stock Qwen2's checkpointing, all through the backbone; ours leaves that out
+        if self.stock:  # stock Qwen2's checkpointing, all through the backbone; ours leaves that out
             Qwen2ForCausalLM.gradient_checkpointing_enable(
                 net, gradient_checkpointing_kwargs={"use_reentrant": True}
             )
@@ -169,7 +171,7 @@ class Trainer:
         for batch in batches:
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             with torch.autocast(self.device, torch.bfloat16):
-                loss = self.net(**batch).loss if self.impl == "ours" else paper_style_loss(self.net, **batch)
+                loss = paper_style_loss(self.net, **batch) if self.stock else self.net(**batch).loss
             (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(self.net.head.parameters(), 1.0)
         self.optimiser.step()
@@ -180,7 +182,7 @@ def steps_of(
     impl: str, documents: list[tuple[Tensor, Tensor]], packed_length: int
 ) -> list[list[dict[str, Tensor]]]:
     """The batches of each step of the optimiser."""
-    if impl == "ours":
+    if impl != "paper-style":
         return [[row] for row in pack(documents, packed_length)]
     singles = [{"input_ids": ids[None], "labels": labels[None]} for ids, labels in documents]
     return [singles[start : start + ACCUMULATED] for start in range(0, len(singles), ACCUMULATED)]
@@ -194,11 +196,13 @@ def measure(
     packed_length: int,
     compiled: bool,
     recompute: bool,
+    attention: str = "exact",
 ) -> dict:
     """Seconds, tokens/s, useful TFLOP/s and peak memory over the weights, of one pass over `documents`."""
+    use_flash_attn(impl == "flash-attn")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    net = build(shape, num_steps, device)
+    net = build(shape, num_steps, device, attention)
     if compiled and impl == "ours":
         net.compile_layers()
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -232,7 +236,7 @@ def table(config: dict, rows: list[dict]) -> str:
         f"# Training throughput: {config['shape']}, K={config['num_steps']}",
         "",
         f"{config['card']}, torch {config['torch']}. `python -m benchmarks.train_throughput --shape "
-        f"{config['shape']} "
+        f"{config['shape']} --attention {config['attention']} "
         f"--packed-length {config['packed_length']} --num-steps {config['num_steps']} --documents "
         f"{config['documents']}"
         f"{' --compile' if config['compile'] else ''}{' --recompute' if config['recompute'] else ''} "
@@ -250,9 +254,9 @@ def table(config: dict, rows: list[dict]) -> str:
         )
         lines.append(f"| {row['impl']} | " + " | ".join(str(cell) for cell in cells) + " |")
     lines += ["", f"Matrix rate, bfloat16, 8192 x 8192, in the same run: {rows[0]['matrix_tflops']} TFLOP/s."]
-    if len(rows) == 2:
-        speed = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
-        lines += [f"{rows[0]['impl']} over {rows[1]['impl']}: {speed:.2f} times the tokens per second."]
+    for row in rows[1:]:
+        speed = rows[0]["tokens_per_second"] / row["tokens_per_second"]
+        lines += [f"{rows[0]['impl']} over {row['impl']}: {speed:.2f} times the tokens per second."]
     return "\n".join(lines) + "\n"
 
 
@@ -266,8 +270,13 @@ def parser() -> Parser:
         "--shape", choices=("mimo-7b", "smollm2"), default="mimo-7b", help="model shape (default mimo-7b)"
     )
     p.add_argument(
-        "--impl", choices=IMPLEMENTATIONS, nargs="+", default=list(IMPLEMENTATIONS), help="default: both"
+        "--impl",
+        choices=IMPLEMENTATIONS,
+        nargs="+",
+        default=["ours", "paper-style"],
+        help="default: ours paper-style",
     )
+    p.add_argument("--attention", choices=ATTENTIONS, default="exact", help="of ours (default exact)")
     p.add_argument("--packed-length", type=int, default=8192, help="tokens of a row, ours (default 8192)")
     p.add_argument("--num-steps", type=int, default=3, help="recursive steps K (default 3)")
     p.add_argument("--documents", type=int, default=200, help="documents to train on (default 200)")
@@ -292,12 +301,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         files.claim(path)
     if device == "cpu" and args.shape != "smollm2":
         raise InputError(f"no GPU here, and --shape {args.shape} needs one; give --shape smollm2")
+    if "flash-attn" in args.impl and (device == "cpu" or not has_flash_attn()):
+        raise InputError("--impl flash-attn needs a GPU and flash-attn-4; run: pip install -e '.[flash]'")
     documents = make_documents(args.documents, shape["vocab_size"], args.seed)
     rate = matrix_rate(device) / 1e12
     rows = []
     for impl in args.impl:
         row = measure(
-            impl, shape, documents, args.num_steps, args.packed_length, args.compile, args.recompute
+            impl,
+            shape,
+            documents,
+            args.num_steps,
+            args.packed_length,
+            args.compile,
+            args.recompute,
+            args.attention,
         )
         row |= {
             "matrix_tflops": round(rate, 1),

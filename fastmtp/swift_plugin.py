@@ -34,6 +34,7 @@ from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.files import is_full
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
+from fastmtp.head.varlen import use_flash_attn
 from fastmtp.leftovers import is_running
 from fastmtp.reference.model import Model
 from fastmtp.reference.teacher_forced import measure, pooled
@@ -70,6 +71,7 @@ class MiMoLoader(ModelLoader):
         model.model.mtp_layers.float()
         if os.environ.get("MTP_COMPILE") == "True":
             model.compile_layers()
+        use_flash_attn(os.environ.get("MTP_FLASH_ATTN") == "True")
         return model
 
 

@@ -18,7 +18,7 @@ from fastmtp.formats.yaml_file import read_mapping
 from fastmtp.head.modeling_mimo import SETTINGS
 from fastmtp.inputs import resource
 
-HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile")
+HEAD_KEYS = (*SETTINGS, "mtp_eval_data", "mtp_eval_limit", "mtp_compile", "mtp_flash_attn")
 PLUGIN = "fastmtp/swift_plugin.py"
 FIXED = {
     "model_type": "fastmtp_mimo",

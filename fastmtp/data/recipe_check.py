@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from fastmtp.cli import InputError
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.head.recursion import ATTENTIONS
@@ -64,11 +66,23 @@ def check_head(head: dict, place: str) -> None:
     for name, value in (("mtp_num_steps", steps), ("mtp_eval_limit", head.get("mtp_eval_limit", 1))):
         if type(value) is not int or value < 1:
             raise InputError(f"{place}: {name} must be a whole number of at least 1, not {value}")
-    if not isinstance(head.get("mtp_compile", False), bool):
-        raise InputError(f"{place}: mtp_compile must be true or false, not {head['mtp_compile']}")
+    for name in ("mtp_compile", "mtp_flash_attn"):
+        if not isinstance(head.get(name, False), bool):
+            raise InputError(f"{place}: {name} must be true or false, not {head[name]}")
+    if head.get("mtp_flash_attn"):
+        if head.get("mtp_compile"):
+            raise InputError(f"{place}: flash-attn's kernels cannot be compiled; leave mtp_compile out")
+        if not has_flash_attn():
+            cure = "run: pip install -e '.[flash]', or leave the key out"
+            raise InputError(f"{place}: mtp_flash_attn needs the package flash-attn-4; {cure}")
     if attention not in ATTENTIONS:
         raise InputError(f"{place}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {attention}")
     try:
         _ = MiMoConfig(**{name: value for name, value in head.items() if name in SETTINGS}).objective
     except ValueError as error:
         raise InputError(f"{place}: {error}") from None
+
+
+def has_flash_attn() -> bool:
+    """Whether FlashAttention 4 is installed; flash-attn 2 has the same top name, but no `cute`."""
+    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None

@@ -10,15 +10,19 @@ log-sum-exp:
 
 Backward, the flash kernel is called with the merged `out` and `lse`: it needs P = e^(S - lse) and dO . O
 alone, so its gradients are then those of the joint softmax; the few own scores have theirs written out.
-Imports torch alone.
+Imports torch alone, and FlashAttention 4 if `use_flash_attn` is told to.
 """
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_flash_attn: ModuleType | None = None  # flash_attn.cute.interface; None: the kernels that torch carries
 
 
 class Documents(NamedTuple):
@@ -45,10 +49,32 @@ def flash_usable(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, where: Documents) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal attention in each document. q: [N, Hq, D]; k, v: [N, Hkv, D]; returns out [N, Hq, D], lse [Hq,
-    N] float32 and the kernel's two random states, which its backward asks for.
+def use_flash_attn(on: bool) -> None:
+    """Packed attention of this process goes through FlashAttention 4 (flash-attn-4) from now on, or through
+    torch's kernels again, which are FlashAttention 2.
+
+    Raises ImportError without the package, RuntimeError on a GPU that it cannot train on.
     """
+    global _flash_attn
+    if not on:
+        _flash_attn = None
+        return
+    # by name: transformers wants every import of a checkpoint's code installed
+    interface = importlib.import_module("flash_attn.cute.interface")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
+        raise RuntimeError("flash-attn-4 trains on Hopper and later GPUs only; leave mtp_flash_attn out")
+    _flash_attn = interface
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, where: Documents
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Causal attention in each document. q: [N, Hq, D]; k, v: [N, Hkv, D]; returns out [N, Hq, D], lse [Hq,
+    N] float32 and the two random states that torch's backward asks for (None from flash-attn).
+    """
+    if _flash_attn is not None:
+        out, lse, *_ = _flash_attn._flash_attn_fwd(q, k, v, **_documents(q, where), return_lse=True)
+        return out, lse, None, None
     out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q,
         k,
@@ -72,15 +98,25 @@ def flash_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor,
-    offset: Tensor,
+    seed: Tensor | None,
+    offset: Tensor | None,
     where: Documents,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v for P = e^(S - lse), whatever `lse` and `out` are."""
+    if _flash_attn is not None:
+        dq, dk, dv, *_ = _flash_attn._flash_attn_bwd(q, k, v, out, grad, lse, **_documents(q, where))
+        return dq, dk, dv
     at, longest = where
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse, at, at, longest, longest, 0.0, True, seed, offset, scale=q.shape[-1] ** -0.5
     )
+
+
+def _documents(q: Tensor, where: Documents) -> dict:
+    """What both kernels of flash-attn take beside the tensors."""
+    starts, longest = where
+    lengths = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest)
+    return lengths | dict(softmax_scale=q.shape[-1] ** -0.5, causal=True)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -69,6 +69,10 @@ def command(model, tmp_path, monkeypatch):
     return call, seen
 
 
+def head_keys(**keys) -> dict:
+    return {"model_kwargs": dict(mtp_num_steps=2, mtp_attention="exact") | keys}
+
+
 def test_a_row_reaches_ms_swift(command):
     call, seen = command
     call()
@@ -91,6 +95,9 @@ def test_a_row_reaches_ms_swift(command):
         ({"dataset": "[]"}, "neither a file nor a data set"),
         ({"dataset": ["my rows"]}, "neither a file nor a data set"),
         ({"dataset": [5]}, "must be paths"),
+        (head_keys(mtp_compile="yes"), "mtp_compile must be true or false"),
+        (head_keys(mtp_flash_attn=True), r"flash-attn-4; run: pip install -e '.\[flash\]'"),
+        (head_keys(mtp_flash_attn=True, mtp_compile=True), "leave mtp_compile out"),
     ],
 )
 def test_a_recipe_that_trains_nothing_is_refused(command, changes, words):

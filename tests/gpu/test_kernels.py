@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from helpers.tiny import tiny_model
 
+from fastmtp.data.recipe_check import has_flash_attn
 from fastmtp.head.losses import IGNORE, cross_entropy
 from fastmtp.head.recursion import chain_attention, visible
 from fastmtp.head.teacher import likeliest, soft_cross_entropy
-from fastmtp.head.varlen import documents, packed_attention
+from fastmtp.head.varlen import documents, packed_attention, use_flash_attn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTHS = (1, 130, 64, 333, 17)
@@ -26,7 +27,12 @@ def near(found: torch.Tensor, wanted: torch.Tensor, share: float) -> None:
 
 @pytest.mark.parametrize("width,heads,groups", [(64, 9, 3), (128, 32, 8)])
 @pytest.mark.parametrize("own", [0, 1, 2, 6])
-def test_attention(width, heads, groups, own):
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_attention(width, heads, groups, own, flash_attn, request):
+    if flash_attn and not has_flash_attn():
+        pytest.skip("flash-attn-4 is not installed")
+    request.addfinalizer(lambda: use_flash_attn(False))
+    use_flash_attn(flash_attn)
     torch.manual_seed(own)
     shapes = [(1, heads, sum(LENGTHS), width)] + [(1, groups, sum(LENGTHS), width)] * (2 + 2 * own)
     inputs = [torch.randn(shape).bfloat16() for shape in shapes]

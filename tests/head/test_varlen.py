@@ -1,6 +1,9 @@
-"""Packed attention against the dense one. The flash kernels' place is taken by a slow program with their
-contract.
+"""Packed attention against the dense one. A slow program with their contract takes the place of torch's flash
+kernels and of flash-attn's.
 """
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,10 +49,44 @@ def slow_backward(grad, q, k, v, out, lse, seed, offset, where: Documents):
     return dq, dk, dv
 
 
+def _flash_attn_fwd(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+    max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, return_lse=False,
+):  # fmt: skip
+    """The arguments of flash-attn-4 4.0.0b36 as far as causal attention needs them, and its five results."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and max_seqlen_q == max_seqlen_k
+    assert causal and softmax_scale == q.shape[-1] ** -0.5 and qv is seqused_q is seqused_k is None
+    out, lse, *_ = slow_forward(q, k, v, Documents(cu_seqlens_q, max_seqlen_q))
+    return out, lse if return_lse else None, None, None, None
+
+
+def _flash_attn_bwd(
+    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+    window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+):  # fmt: skip
+    assert lse.shape == (q.shape[1], q.shape[0]) and out.shape == dout.shape == q.shape
+    assert causal and softmax_scale == q.shape[-1] ** -0.5 and cu_seqlens_k is cu_seqlens_q
+    return slow_backward(dout, q, k, v, out, lse, None, None, Documents(cu_seqlens_q, max_seqlen_q))
+
+
 @pytest.fixture
-def kernels(monkeypatch):
-    monkeypatch.setattr(varlen, "flash_forward", slow_forward)
-    monkeypatch.setattr(varlen, "flash_backward", slow_backward)
+def flash_attn(monkeypatch):
+    """A stand-in for the package flash-attn-4."""
+    interface = SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    yield
+    varlen.use_flash_attn(False)
+
+
+@pytest.fixture(params=["torch", "flash-attn"])
+def kernels(request, monkeypatch, flash_attn):
+    if request.param == "flash-attn":
+        varlen.use_flash_attn(True)
+    else:
+        monkeypatch.setattr(varlen, "flash_forward", slow_forward)
+        monkeypatch.setattr(varlen, "flash_backward", slow_backward)
     monkeypatch.setattr(modeling_mimo, "flash_usable", lambda x: True)
 
 
@@ -110,6 +147,17 @@ def test_the_model_on_kernels_is_the_dense_one(kernels, monkeypatch, name, atten
     assert net.config._attn_implementation != modeling_mimo.VARLEN, "the attention of generation is changed"
     monkeypatch.setattr(modeling_mimo, "flash_usable", lambda x: False)
     torch.testing.assert_close(found, loss_and_gradients(net, batch))
+
+
+def test_flash_attn_is_refused_where_it_cannot_run(flash_attn, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(RuntimeError, match="Hopper"):
+        varlen.use_flash_attn(True)
+    assert varlen._flash_attn is None
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
+    with pytest.raises(ImportError):
+        varlen.use_flash_attn(True)
 
 
 @pytest.mark.parametrize("dense", [True, False])
