@@ -37,6 +37,8 @@ INSIDE = {
     ("fastmtp.distill", "fastmtp.data.engines"),
     ("fastmtp.distill", "fastmtp.data.generate"),
     ("fastmtp.distill", "fastmtp.reference.model"),
+    # only vLLM's CPU build needs it; the package itself must not import torch
+    ("fastmtp.vllm_ext", "fastmtp.vllm_ext.cpu_sampling"),
     # registers a model type with transformers, which is slow to import
     ("evaluation.lossless", "fastmtp.head.modeling_mimo"),
     # ms-swift is an optional package

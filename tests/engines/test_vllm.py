@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import torch
 from helpers.serving import a_map, exported, value
 
 from fastmtp import serve
@@ -14,6 +15,7 @@ from fastmtp.engines import sglang, vllm
 from fastmtp.engines.request import Serving
 from fastmtp.engines.vllm import Engine
 from fastmtp.vllm_ext import POST_NORM_READY, TOKEN_MAP, TOKEN_MAP_READY
+from fastmtp.vllm_ext.cpu_sampling import expand
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 GPU = Engine("/opt/python", "0.33.0", cpu=False, plugin=True)
@@ -207,3 +209,13 @@ def test_a_head_for_the_state_before_the_norm_is_vllms_alone(tmp_path):
     assert command(folder, 3, engine=bare)
     with pytest.raises(InputError, match="before the final norm"):
         sglang.command(Serving(folder), "triton")
+
+
+def test_each_draft_of_a_request_gets_its_temperature():
+    temperatures, drafts = torch.tensor([0.6, 0.0, 1.5]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    expanded = torch.full((5,), -7.0)
+    expand(expanded, temperatures, drafts, 0, 1)  # the second request has no drafts
+    assert expanded.tolist() == pytest.approx([0.6, 0.6, 1.5, 1.5, 1.5])
+    top_k = torch.zeros(3, dtype=torch.int32)
+    expand(top_k, torch.tensor([0, 20], dtype=torch.int32), torch.tensor([1, 3]), 0, 1)
+    assert top_k.tolist() == [1, 20, 20]
