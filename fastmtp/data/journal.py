@@ -21,7 +21,7 @@ from fastmtp.files import atomic, claim
 
 
 def sample(chat: Chat, messages: list[dict], prompt_ids: list[int], eos_ids: set[int]) -> dict:
-    """One output line (the contract in the README). `prompt_ids` are those of the last answer."""
+    """One output line (the contract in docs/formats.md). `prompt_ids` are those of the last answer."""
     answers = [message["token_ids"] for message in messages if message["role"] == "assistant"]
     return {
         "id": chat.id,
