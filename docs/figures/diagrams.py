@@ -98,7 +98,9 @@ def cycle() -> Sheet:
 
 def recursion() -> Sheet:
     """Above: the same head three times. Below: the keys that its third step sees, in both modes."""
-    s = Sheet(880, 562, "The head's three steps, and which keys the third step sees in the modes paper and exact")
+    s = Sheet(
+        880, 562, "The head's three steps, and which keys the third step sees in the modes paper and exact"
+    )
     s.text(20, 32, "One head, applied three times", 16, bold=True, anchor="start")
     s.node(20, 92, 118, 56, "model's last\nhidden state h", GREY, 13)
     for step, x in enumerate((190, 420, 650), start=1):
@@ -112,7 +114,14 @@ def recursion() -> Sheet:
             s.arrow((x + 110, 134), (x + 230, 134))
             s.text(x + 170, 128, "its own state", 12, GREY)
     s.arrow((138, 120), (190, 120))
-    s.text(20, 250, "The weights are the same in every step. Step k drafts the token k+1 places ahead.", 13, GREY, anchor="start")
+    s.text(
+        20,
+        250,
+        "The weights are the same in every step. Step k drafts the token k+1 places ahead.",
+        13,
+        GREY,
+        anchor="start",
+    )
 
     s.text(20, 300, "Which keys does step 3 at position p see?", 16, bold=True, anchor="start")
     for left, name, note in (
@@ -163,7 +172,15 @@ def tree() -> Sheet:
         above = ancestors(name)
         for column, other in enumerate(PARENTS):
             seen = other in above
-            s.box(630 + 36 * column, 78 + 38 * line, 30, 30, BLUE if seen else GREY, None if seen else "white", not seen)
+            s.box(
+                630 + 36 * column,
+                78 + 38 * line,
+                30,
+                30,
+                BLUE if seen else GREY,
+                None if seen else "white",
+                not seen,
+            )
     s.text(583, 68, "the text", 13)
     for column, other in enumerate(PARENTS):
         s.text(645 + 36 * column, 68, other, 14, mono=True)

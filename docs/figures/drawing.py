@@ -55,11 +55,13 @@ class Sheet:
         (x0, y0), (x1, y1) = points[-2:]
         length = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
         dx, dy = (x1 - x0) / length, (y1 - y0) / length
-        tip = f"{x1},{y1} {x1 - 8 * dx - 4 * dy},{y1 - 8 * dy + 4 * dx} {x1 - 8 * dx + 4 * dy},{y1 - 8 * dy - 4 * dx}"
+        x2, y2 = x1 - 8 * dx, y1 - 8 * dy  # the head's base
+        tip = f"{x1},{y1} {x2 - 4 * dy},{y2 + 4 * dx} {x2 + 4 * dy},{y2 - 4 * dx}"
         self.parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='1.4'/>")
         self.parts.append(f"<polygon points='{tip}' fill='{colour}'/>")
 
     def save(self, path: Path) -> None:
         width, height = self.size
-        head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' role='img'>"
+        frame = f"viewBox='0 0 {width} {height}' width='{width}' role='img'"
+        head = f"<svg xmlns='http://www.w3.org/2000/svg' {frame}>"
         path.write_text("\n".join([head, *self.parts, "</svg>"]) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""speed.svg: speed-up against K, from the table in results/speed_7b/README.md. `python docs/figures/speed.py` draws it."""
+"""speed.svg: speed-up against K, from the table in results/speed_7b/README.md. Run it to draw it again."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def draw(columns: dict[str, list[float]], path: Path) -> None:
     for column, label, colour, marker in LINES:
         ks = range(1, len(columns[column]) + 1)
         axes.plot(ks, columns[column], color=colour, marker=marker, linewidth=2)
-        axes.annotate(
-            label, (ks[-1], columns[column][-1]), (9, -4), textcoords="offset points", color=colour
-        )
+        axes.annotate(label, (ks[-1], columns[column][-1]), (9, -4), textcoords="offset points", color=colour)
     best = columns["32k"]
     for k in (3, 4):
         axes.annotate(f"{best[k - 1]:.2f}x", (k, best[k - 1]), (-4, 8), textcoords="offset points")

@@ -18,6 +18,7 @@ START = (
     r"(?:[A-Z_]+=\S+ )*"  # an environment variable
     r"(?:python3? (?:-m (?:fastmtp|evaluation|benchmarks)\.|examples/)|sh scripts/|fastmtp [a-z_]+ )"
 )
+OTHERS = ("scripts/install.sh", "scripts/test.sh", "scripts/docs.sh")  # scripts that run no command of ours
 PLACEHOLDERS = re.compile(r"MODULE|\{config|TASK|fastmtp\.x\b|interrupted|^fastmtp [a-z_]+( \.\.\.)+$")
 
 
@@ -55,7 +56,7 @@ def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
         script = (REPOSITORY / words[1]).read_text(encoding="utf-8")
         script = re.sub(r"\$\(\(.*\)\)", "0", script)
         runs = re.findall(r'exec \S+ -m (fastmtp\S+|evaluation\S+|benchmarks\S+)((?: [^"\\]*)?)"\$@"', script)
-        assert runs or words[1] in ("scripts/install.sh", "scripts/test.sh"), "runs no module"
+        assert runs or words[1] in OTHERS, "runs no module"
         return (runs[-1][0], [*shlex.split(runs[-1][1]), *words[2:]]) if runs else ("", [])
     if words[:2] == ["fastmtp", "bench"]:
         return f"evaluation.{words[2]}.bench_sglang_eagle", words[3:]
