@@ -301,7 +301,7 @@ class Reference:
             self.model,
             prompt_ids,
             max_new_tokens,
-            num_steps=self.num_steps,
+            drafts=self.num_steps,
             temperature=temperature,
             seed=seed,
             token_map=self.map,

@@ -110,11 +110,15 @@ def walk(hits: Tensor) -> list[int]:
     The first answer token comes from the prefill; each pass then keeps its accepted drafts and one more
     token.
     """
-    prefixes = hits.long().cumprod(1).sum(1).tolist()
-    histogram = [0] * (hits.shape[1] + 1)
-    anchor, remaining = 0, hits.shape[0]
+    return stride(hits.long().cumprod(1).sum(1).tolist(), hits.shape[1])
+
+
+def stride(drafts: Sequence[int], depth: int) -> list[int]:
+    """`walk` from the number of drafts, at most `depth`, that each anchor would accept."""
+    histogram = [0] * (depth + 1)
+    anchor, remaining = 0, len(drafts)
     while remaining > 0:
-        accepted = min(prefixes[anchor], remaining)
+        accepted = min(drafts[anchor], remaining)
         histogram[accepted] += 1
         anchor += accepted + 1
         remaining -= accepted + 1

@@ -1,13 +1,14 @@
 """Speculative decoding with one MTP head, short enough to check by eye: lossless, CPU or GPU, one stream.
 
-A cycle: the head drafts K tokens from the last committed backbone state, the backbone verifies them in one
-forward pass, the longest right prefix and one token of the backbone's own are kept. Greedy decoding keeps the
-draft that equals the backbone's argmax; at a temperature the rule of Leviathan et al. (arXiv 2211.17192)
-accepts a draft x with probability min(1, p(x)/q(x)) and otherwise samples from the residual, which leaves the
-backbone's distribution. The head's keys of committed tokens always come from true backbone states
-(recursion.py, `exact`).
+A cycle: the head drafts a chain of K tokens or a tree (trees/tree.py) from the last committed backbone state,
+the backbone verifies all of it in one forward pass, the longest right path and one token of the backbone's
+own are kept. Greedy decoding keeps the draft that equals the backbone's argmax. At a temperature a chain's
+drafts are drawn, and the rule of Leviathan et al. (arXiv 2211.17192) accepts a draft x with probability
+min(1, p(x)/q(x)) and otherwise samples from the residual; a tree's drafts are the head's likeliest, and those
+that equal the backbone's own draws are kept (`tree.walk`). Both leave the backbone's distribution. The head's
+keys of committed tokens always come from true backbone states (recursion.py, `exact`).
 
-    generate(load("models/smollm2"), [1, 2, 3], max_new_tokens=64, num_steps=3).ids
+    generate(load("models/smollm2"), [1, 2, 3], max_new_tokens=64, drafts=3).ids
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastmtp.head.modeling_mimo import MiMoForCausalLM, attention_of
 from fastmtp.reference.model import Model
+from fastmtp.trees.tree import DraftTree, Drawing, chain_parents, depths, mask, walk
 from fastmtp.vocab.draft_vocab import DraftVocab
 
 ATTENTION = "fastmtp_decoding"  # transformers' name for the attention below
@@ -68,25 +70,37 @@ class Backbone:
         self.net, self.cache = net, DynamicCache(config=net.config)
         self.device = net.lm_head.weight.device
 
-    def forward(self, ids: list[int], start: int, keep: int) -> tuple[Tensor, Tensor]:
-        """Read `ids` at positions start..: what the head is fed with [1, n, H], last logits [keep, V]."""
-        n, mask = len(ids), None
-        if start and n > 1:  # several queries behind a cache: a causal mask cannot be implied
-            mask = torch.ones(n, start + n, dtype=torch.bool, device=self.device).tril(start)
+    def forward(
+        self, ids: list[int], start: int, keep: int, parents: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read `ids` behind the `start` positions of the cache, the nodes of a tree if there are `parents`:
+        what the head is fed with [1, n, H], last logits [keep, V].
+        """
+        seen, positions = None, range(start, start + len(ids))
+        if parents and len(ids) > 1:  # each node sees the whole cache, its ancestors and itself
+            seen = F.pad(mask(parents), (start, 0), value=True).to(self.device)
+            positions = [start + depth for depth in depths(parents)]
         with attention_of(self.net.config, ATTENTION):
             hidden, fed = self.net.backbone(
                 input_ids=torch.tensor([ids], device=self.device),
-                attention_mask={"full_attention": mask},
-                position_ids=torch.arange(start, start + n, device=self.device)[None],
+                attention_mask={"full_attention": seen},
+                position_ids=torch.tensor([[*positions]], device=self.device),
                 past_key_values=self.cache,
                 use_cache=True,
             )
         return fed, self.net.lm_head(hidden[0, -keep:])
 
-    def forget(self, count: int) -> None:
-        """Drop the last `count` positions: drafts that were rejected."""
-        if count:  # newer transformers count what to remove; older ones empty the cache at 0
-            self.cache.crop(-count)
+    def keep(self, path: list[int], count: int) -> None:
+        """Of the last `count` positions keep those of `path`, moved together; the other drafts were
+        rejected.
+        """
+        if path != [*range(len(path))]:
+            for layer in self.cache.layers:
+                for stored in (layer.keys, layer.values):
+                    newest = stored[:, :, -count:]
+                    newest[:, :, : len(path)] = newest[:, :, path]
+        if len(path) < count:  # newer transformers count what to remove; older ones empty the cache at 0
+            self.cache.crop(len(path) - count)
 
 
 class Choice:
@@ -106,11 +120,18 @@ class Choice:
         p = self.probabilities(logits)
         return torch.multinomial(p, 1, generator=self.generator)[0], p
 
-    def verify(self, drafts: list[int], q: Tensor | None, logits: Tensor) -> tuple[int, int]:
-        """(accepted drafts, next token) from the backbone's logits [K+1, V]; q: [K, V] as `draft` gives."""
+    def verify(self, drawing: Drawing, q: Tensor | None, logits: Tensor) -> tuple[list[int], int]:
+        """(accepted nodes, next token) from the backbone's logits of all nodes [n, V]; q: [n-1, V] as
+        `Drafter.chain` gives.
+        """
+        if q is not None:
+            accepted, extra = accept_sampled(
+                drawing.tokens[1:], q, self.probabilities(logits), self.generator
+            )
+            return [*range(1, accepted + 1)], extra
         if not self.temperature:
-            return accept_greedy(drafts, logits.argmax(-1).tolist())
-        return accept_sampled(drafts, q, self.probabilities(logits), self.generator)
+            return walk(drawing.tokens, drawing.parents, logits.argmax(-1).tolist().__getitem__)
+        return walk(drawing.tokens, drawing.parents, lambda node: int(self.pick(logits[node])[0]))
 
 
 class Drafter:
@@ -143,26 +164,57 @@ class Drafter:
         1, H].
         """
         n = tokens.shape[1]
-        embeds = self.net.model.embed_tokens(tokens)
-        if start == 0:
-            embeds[:, 0] = 0  # as engines do: recursion.recurse
+        seen = torch.ones(n, start + n, dtype=torch.bool, device=tokens.device).tril(start)
         positions = torch.arange(start, start + n, device=tokens.device)[None]
-        fused = self.head.fuse(hidden, embeds)
-        q, k, v = self.head.qkv(fused, *self.net.rope(positions))
-        end = start + n
-        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
-        mask = None
-        if n > 1:
-            mask = torch.ones(n, end, dtype=torch.bool, device=tokens.device).tril(start)
-        context = F.scaled_dot_product_attention(
-            q, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=mask, enable_gqa=True
-        )
+        fused, context = self.attend(hidden, tokens, positions, seen if n > 1 else None, start + n)
         return self.head.finish(fused[:, -1:], context[:, :, -1:])
 
-    def draft(
-        self, state: Tensor, position: int, num_steps: int, choice: Choice
-    ) -> tuple[list[int], Tensor | None]:
-        """K tokens from g at `position` [1, 1, H], and the distributions [K, V] of a temperature."""
+    def attend(
+        self, hidden: Tensor, tokens: Tensor, positions: Tensor, seen: Tensor | None, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Put the keys of n tokens into the slots before `end`, and let each see the slots of its row of
+        `seen` [n, end] bool, None: all. hidden [1, n, H]; tokens, positions [1, n] -> fused [1, n, H],
+        context [1, Hq, n, D].
+        """
+        n = tokens.shape[1]
+        embeds = self.net.model.embed_tokens(tokens)
+        if end == n:
+            embeds[:, 0] = 0  # as engines do: recursion.recurse
+        fused = self.head.fuse(hidden, embeds)
+        q, k, v = self.head.qkv(fused, *self.net.rope(positions))
+        self.keys[:, :, end - n : end], self.values[:, :, end - n : end] = k, v
+        context = F.scaled_dot_product_attention(
+            q, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=seen, enable_gqa=True
+        )
+        return fused, context
+
+    def draw(self, tree: DraftTree, state: Tensor, position: int, root: int) -> Drawing:
+        """`tree` behind the token `root`, from g at `position` [1, 1, H].
+
+        The nodes that get children take the slots after `position` in turn; each sees the committed ones, its
+        ancestors' and its own.
+        """
+        drawing, expanded, device = Drawing([root]), [], state.device
+        seen = torch.ones(1, position + 1, dtype=torch.bool, device=device)
+        for depth in range(tree.depth):
+            if depth:  # the head runs on the frontier [F], from the states of its parents
+                nodes = drawing.frontier
+                parents = [expanded.index(drawing.parents[node]) for node in nodes]
+                seen = torch.cat([seen[parents], torch.eye(len(nodes), dtype=torch.bool, device=device)], 1)
+                tokens = torch.tensor([[drawing.tokens[node] for node in nodes]], device=device)
+                positions = torch.full_like(tokens, position + depth)
+                fused, context = self.attend(state[:, parents], tokens, positions, seen, seen.shape[1])
+                state = self.head.finish(fused, context)
+            expanded = drawing.frontier
+            tree.grow(drawing, F.linear(state[0], self.weight), self.token_map)
+        return tree.finish(drawing)
+
+    def chain(
+        self, state: Tensor, position: int, root: int, num_steps: int, choice: Choice
+    ) -> tuple[Drawing, Tensor | None]:
+        """K drafts behind the token `root`, from g at `position` [1, 1, H], and the distributions [K, V] of a
+        temperature.
+        """
         drafts, q = [], []
         for step in range(num_steps):
             if step:
@@ -172,17 +224,8 @@ class Drafter:
             if p is not None:  # over the whole vocabulary: outside the map nothing is ever drafted
                 full = p if self.token_map is None else p.new_zeros(self.net.vocab_size)
                 q.append(full if self.token_map is None else full.scatter_(0, self.token_map, p))
-        return torch.stack(drafts).tolist(), torch.stack(q) if q else None
-
-
-def accept_greedy(drafts: list[int], choices: list[int]) -> tuple[int, int]:
-    """(accepted drafts, next token): the longest prefix of `drafts` that equals the backbone's argmaxes
-    `choices`.
-    """
-    accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
-        accepted += 1
-    return accepted, choices[accepted]
+        tokens = [root, *torch.stack(drafts).tolist()]
+        return Drawing(tokens, chain_parents(num_steps)), torch.stack(q) if q else None
 
 
 def accept_sampled(drafts: list[int], q: Tensor, p: Tensor, generator: torch.Generator) -> tuple[int, int]:
@@ -205,13 +248,14 @@ def generate(
     model: Model,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
-    num_steps: int,
+    drafts: int | DraftTree,
     temperature: float = 0.0,
     seed: int = 0,
     token_map: Tensor | DraftVocab | None = None,
     eos_ids: set[int] | None = None,
 ) -> Generation:
-    """Decode one prompt with `num_steps` drafts per cycle; 0 is plain decoding, through the same code.
+    """Decode one prompt with a chain of `drafts` tokens per cycle, or a tree of them; 0 is plain decoding,
+    through the same code.
 
     Stops after a token of `eos_ids` (default: the model's) or at `max_new_tokens`. A DraftVocab as
     `token_map` chooses the map again before each cycle.
@@ -220,9 +264,10 @@ def generate(
     tokens, goal = list(prompt_ids), len(prompt_ids) + max_new_tokens
     backbone = Backbone(model.net)
     choice = Choice(temperature, seed, backbone.device)
-    following = num_steps > 0 and isinstance(token_map, DraftVocab)
+    following = drafts != 0 and isinstance(token_map, DraftVocab)
     follower = token_map.follow(prompt_ids) if following else None
-    drafter = Drafter(model.net, goal + num_steps + 1, None if follower else token_map) if num_steps else None
+    depth, slots = (drafts, drafts) if isinstance(drafts, int) else (drafts.depth, drafts.expanded)
+    drafter = Drafter(model.net, goal + slots + 1, None if follower else token_map) if depth else None
 
     # Prefill: the backbone reads the prompt and gives the first token; the head reads both.
     started = time.perf_counter()
@@ -232,30 +277,35 @@ def generate(
         state = drafter.step(states, torch.tensor([tokens[1:]], device=backbone.device), 0)
     prefilled = time.perf_counter()
 
-    histogram = [0] * (num_steps + 1)
+    histogram = [0] * (depth + 1)
     while tokens[-1] not in ends and len(tokens) < goal:
         # Draft after the newest token, which the backbone has not read yet.
-        last = len(tokens) - 1
+        last, root = len(tokens) - 1, tokens[-1]
         if follower:
             drafter.use(token_map.maps[follower.look(tokens[len(prompt_ids) :])])
-        drafts, q = drafter.draft(state, last - 1, num_steps, choice) if drafter else ([], None)
+        drawing, q = Drawing([root]), None
+        if drafter and isinstance(drafts, int):
+            drawing, q = drafter.chain(state, last - 1, root, drafts, choice)
+        elif drafter:
+            drawing = drafter.draw(drafts, state, last - 1, root)
 
         # Verify all drafts in one pass; the rejected ones leave the cache.
-        states, logits = backbone.forward([tokens[-1], *drafts], last, len(drafts) + 1)
-        accepted, extra = choice.verify(drafts, q, logits)
-        backbone.forget(len(drafts) - accepted)
+        nodes = len(drawing.tokens)
+        states, logits = backbone.forward(drawing.tokens, last, nodes, drawing.parents)
+        path, extra = choice.verify(drawing, q, logits)
+        backbone.keep([0, *path], nodes)
 
         # Keep what comes before the end token and the limit.
-        new = [*drafts[:accepted], extra]
+        new = [*(drawing.tokens[node] for node in path), extra]
         stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         kept = new[: min(stop, goal - len(tokens))]
-        histogram[min(accepted, len(kept))] += 1
+        histogram[min(len(path), len(kept))] += 1
         tokens += kept
 
         # The head's keys of kept tokens come from true states of the backbone.
         if drafter and len(kept) == len(new):
             read = torch.tensor([new], device=backbone.device)
-            state = drafter.step(states[:, : accepted + 1], read, last)
+            state = drafter.step(states[:, [0, *path]], read, last)
     decoded = time.perf_counter()
     output = tokens[len(prompt_ids) :]
     return Generation(output, sum(histogram), histogram, prefilled - started, decoded - prefilled)

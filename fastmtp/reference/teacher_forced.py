@@ -82,6 +82,11 @@ def batches(samples: Sequence[dict], batch_tokens: int) -> list[list[int]]:
     return result
 
 
+def most_places(model: Model) -> int:
+    """Places of a batch, padding included, that suit the model's device."""
+    return 32768 if model.net.lm_head.weight.is_cuda else 8192
+
+
 def measure_at(
     model: Model,
     samples: Sequence[dict],
@@ -97,7 +102,7 @@ def measure_at(
     which follows the language.
     """
     maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
-    batch_tokens = batch_tokens or (32768 if model.net.lm_head.weight.is_cuda else 8192)
+    batch_tokens = batch_tokens or most_places(model)
     hits: dict[int, dict[str, Tensor]] = {}
     with tqdm(total=len(samples), desc="acceptance", unit="sample", leave=False) as bar:
         for batch in batches(samples, batch_tokens):

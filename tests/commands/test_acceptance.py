@@ -4,19 +4,10 @@ nonsense.
 
 import pytest
 import torch
-from helpers.tiny import tiny_model, wrap
+from helpers.tiny import samples_of, tiny_model, wrap
 
 from fastmtp.reference.speculative import generate
 from fastmtp.reference.teacher_forced import FULL, as_json, draft_hits, measure, measure_at, pooled, table
-
-
-def samples_of(useful, count: int = 30) -> list[dict]:
-    """The model's greedy answers, of several lengths, one of a single token."""
-    lengths = [count, 7, 2, 1, count - 1, 12]
-    return [
-        dict(id=str(n), source=f"s{n % 2}", lang="en", prompt_ids=prompt, output_ids=answer[: lengths[n % 6]])
-        for n, (prompt, answer) in enumerate(zip(useful.prompts, useful.answers, strict=True))
-    ]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 8192])

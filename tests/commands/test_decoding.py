@@ -2,18 +2,18 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.chi_square import assert_fits, p_value
+from helpers.table_net import TableNet
 from helpers.tiny import save_folder, tiny_model, wrap
-from torch import nn
 
 from fastmtp import decoding, files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError
 from fastmtp.decoding import summarise
-from fastmtp.reference.speculative import accept_greedy, accept_sampled, generate
+from fastmtp.reference.speculative import accept_sampled, generate
 
 VOCAB = 97
 MAP = torch.arange(0, VOCAB, 3)
@@ -99,35 +99,7 @@ def test_a_prompt_of_one_token(nets):
     assert generate(wrap(nets[0]), [7], 12, 3).ids == plain_greedy(nets[0], [7], 12, set())
 
 
-def test_accept_greedy():
-    assert accept_greedy([1, 2, 3], [1, 2, 3, 4]) == (3, 4)
-    assert accept_greedy([1, 2, 3], [1, 9, 3, 4]) == (1, 9)
-    assert accept_greedy([1], [2, 3]) == (0, 2)
-    assert accept_greedy([], [6]) == (0, 6)
-
-
 # ---------------------------------------------------------------- sampling
-
-
-def p_value(statistic: torch.Tensor, freedom: int) -> float:
-    """Upper tail of the chi-square distribution."""
-    return float(
-        torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.as_tensor(statistic).double() / 2)
-    )
-
-
-def assert_fits(counts: torch.Tensor, expected: torch.Tensor) -> None:
-    """Pearson's test at one in ten thousand; cells below five expected draws are pooled."""
-    counts, expected = counts.flatten().double(), expected.flatten().double()
-    assert counts.sum().item() == pytest.approx(expected.sum().item(), rel=1e-4)
-    rare = expected < 5
-    if rare.any():
-        counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
-        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-        if expected[-1] < 5:
-            counts, expected = counts[:-1], expected[:-1]
-    expected = expected * (counts.sum() / expected.sum())
-    assert p_value(((counts - expected) ** 2 / expected).sum(), len(counts) - 1) > 1e-4
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["full", "map"])
@@ -153,57 +125,11 @@ def test_accepted_tokens_are_distributed_as_the_model(mapped):
     assert_fits(counts, draws * p[0][:, None, None] * p[1][None, :, None] * p[2][None, None, :])
 
 
-class TableBackbone:
-    """The state after a token is the token, as a one-hot row."""
-
-    def embed_tokens(self, ids):
-        return nn.functional.one_hot(ids, 4).float()
-
-
-class TableNet:
-    """A bigram model behind the decoder's interface: next-token tables for the backbone and for the head, so
-    cheap that 20,000 texts take seconds, so simple that their distribution is a product of table entries.
-    """
-
-    def __init__(self):
-        size = 4
-        generator = torch.Generator().manual_seed(3)
-        self.vocab_size = size
-        self.lm_head = nn.Linear(size, size, bias=False)
-        self.lm_head.weight.data = torch.randn(size, size, generator=generator) * 1.5
-        self.lm_head.requires_grad_(False)
-        self.mix = (
-            torch.eye(size) + torch.randn(size, size, generator=generator) * 0.5
-        )  # the head: alike, not equal
-        self.p = self.lm_head.weight.T.softmax(-1)
-        self.config = SimpleNamespace(num_key_value_heads=1, _attn_implementation=None)
-        attention = SimpleNamespace(head_dim=1)
-        self.model = TableBackbone()
-        self.head = SimpleNamespace(
-            self_attn=attention, fuse=lambda h, e: e, qkv=self.qkv, finish=self.finish
-        )
-
-    def backbone(self, input_ids, **_):
-        states = self.model.embed_tokens(input_ids)
-        return states, states
-
-    def qkv(self, fused, cos, sin):
-        return (fused.new_zeros(1, 1, fused.shape[1], 1),) * 3
-
-    def finish(self, fused, context):
-        return fused @ self.mix.T
-
-    def rope(self, positions):
-        return positions, positions
-
-
 @pytest.mark.parametrize("mapped", [False, True], ids=["full", "map"])
 def test_sampled_texts_are_distributed_as_the_model(mapped, monkeypatch):
     """Joint chi-square over the first three tokens of texts decoded with drafts, every seed another text."""
     net = TableNet()
-    monkeypatch.setattr(
-        "fastmtp.reference.speculative.DynamicCache", lambda config: SimpleNamespace(crop=lambda n: None)
-    )
+    net.without_cache(monkeypatch)
     token_map = torch.tensor([1, 3]) if mapped else None
     counts, draws = torch.zeros(4, 4, 4), 20_000
     model = wrap(net)

@@ -146,3 +146,12 @@ def useful_model(**changes) -> Useful:
         .values
     )
     return Useful(wrap(net), prompts, answers, common)
+
+
+def samples_of(useful: Useful, count: int = 30) -> list[dict]:
+    """The model's greedy answers, of several lengths, one of a single token."""
+    lengths = [count, 7, 2, 1, count - 1, 12]
+    return [
+        dict(id=str(n), source=f"s{n % 2}", lang="en", prompt_ids=prompt, output_ids=answer[: lengths[n % 6]])
+        for n, (prompt, answer) in enumerate(zip(useful.prompts, useful.answers, strict=True))
+    ]
