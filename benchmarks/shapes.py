@@ -1,9 +1,4 @@
-"""Models' shapes; the bytes that a decoding cycle must read, from a shape alone; the accept lengths to
-assume.
-
-At one stream a pass reads every weight once and computes next to nothing, so bytes over bandwidth bound its
-time.
-"""
+"""Shapes to serve with dummy weights, and the accept lengths to assume."""
 
 from __future__ import annotations
 
@@ -11,53 +6,25 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastmtp.budget import shapes as budget
 from fastmtp.cli import InputError
 from fastmtp.inputs import read_jsonl
 
-BYTES = 2  # bfloat16
-
-SHAPES = {
-    "mimo-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151680,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 640000.0,
-        "tie_word_embeddings": False,
-    },
-    "smollm2": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 100000.0,
-        "tie_word_embeddings": True,
-    },
-    # Small enough to try the command itself in a minute; its speeds mean nothing.
-    "tiny": {
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "vocab_size": 65536,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-    },
+# Small enough to try a command itself in a minute; its speeds mean nothing.
+TINY = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 65536,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
 }
+SHAPES = budget.SHAPES | {"tiny": TINY}
 
 
 def config_json(shape: dict) -> dict:
@@ -73,39 +40,6 @@ def config_json(shape: dict) -> dict:
         "use_sliding_window": False,
     }
     return shape | fixed
-
-
-def layer_bytes(shape: dict) -> int:
-    """One Qwen2 decoder layer: q, k, v with biases, o, the MLP, two norms."""
-    h, f = shape["hidden_size"], shape["intermediate_size"]
-    q, kv = (shape[name] * shape["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    attention = h * (q + 2 * kv) + (q + 2 * kv) + q * h
-    return BYTES * (attention + 3 * h * f + 2 * h)
-
-
-def backbone_bytes(shape: dict) -> int:
-    """One verify or plain decoding pass: all layers, the final norm, the output head. Of the embedding only
-    rows.
-    """
-    h = shape["hidden_size"]
-    return shape["num_hidden_layers"] * layer_bytes(shape) + BYTES * (h + shape["vocab_size"] * h)
-
-
-def draft_bytes(shape: dict, head_rows: int) -> int:
-    """One draft step: the MTP layer with its input projection and three norms, and `head_rows` rows of the
-    head.
-    """
-    h = shape["hidden_size"]
-    return layer_bytes(shape) + BYTES * (2 * h * h + 3 * h + head_rows * h)
-
-
-def cycle_bytes(shape: dict, num_steps: int, head_rows: int, context: int) -> int:
-    """Backbone once, draft `num_steps` times (the first is the draft-extend pass), keys and values of
-    `context` tokens.
-    """
-    kv = BYTES * 2 * shape["num_key_value_heads"] * shape["head_dim"] * context
-    weights = backbone_bytes(shape) + num_steps * draft_bytes(shape, head_rows)
-    return weights + kv * (shape["num_hidden_layers"] + num_steps)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Every line is ok, a warning or an error, and says what to do. It reads any folde
 that FastMTP did not write. Exit code 0: no errors; 1: errors; 2: not a model folder.
 
     python -m fastmtp.doctor models/smollm2-fastmtp --data data/heldout.jsonl
+    python -m fastmtp.doctor --budget 1.5B 7B --gpu h200     # what drafting and training would cost there
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
+from fastmtp.budget import page as budget
+from fastmtp.budget.cards import CARDS, card_of
+from fastmtp.budget.shapes import SIZES
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.formats.weights import headers
 from fastmtp.health.folder import ERROR, Folder, Line
@@ -64,7 +68,7 @@ def parser() -> Parser:
         "Say whether a model folder will work, and why not. Exit code 0: no errors; 1: errors; 2: bad input.",
         "python -m fastmtp.doctor models/smollm2-fastmtp --data data/heldout.jsonl",
     )
-    p.add_argument("folder", help="model folder, ours or another's")
+    p.add_argument("folder", nargs="?", help="model folder, ours or another's")
     p.add_argument(
         "--data",
         help="distilled samples: also measure the accept length, with both states that a head may expect",
@@ -73,12 +77,44 @@ def parser() -> Parser:
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle, K (default 3)")
     p.add_argument("--server", help="URL of a running server: does it serve this folder, and does it draft?")
     p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument(
+        "--budget",
+        nargs="+",
+        metavar="MODEL",
+        help="instead of checks: bytes, times and the tau that pays; for model folders, config.json files or "
+        f"{', '.join(SIZES)}",
+    )
+    p.add_argument("--gpu", metavar="CARD", help=f"card of --budget: {', '.join(CARDS)}")
+    p.add_argument(
+        "--tau", nargs="+", type=float, default=[1.5, 2.0, 2.5, 3.0], help="accept lengths of --budget"
+    )
     return p
+
+
+def print_budget(args: argparse.Namespace) -> None:
+    """InputError for an unknown model or card."""
+    if args.folder or args.data or args.server:
+        raise InputError("--budget checks no folder and no server; leave FOLDER, --data and --server out")
+    if not args.gpu:
+        raise InputError(f"--budget needs --gpu CARD, one of {', '.join(CARDS)}")
+    if not all(1 <= tau < 100 for tau in args.tau):
+        raise InputError("--tau must be accept lengths from 1 on")
+    card = card_of(args.gpu)
+    columns = [budget.budget(model, card, args.tau) for model in args.budget]
+    lines = budget.basis(card)
+    if args.json:
+        print(json.dumps({"gpu": card.name, "models": columns, "basis": lines}, indent=2))
+    else:
+        print(budget.table(card, columns), "", *lines, sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "limit", "num_steps")
+    if args.budget:
+        return print_budget(args)
+    if not args.folder:
+        raise InputError("give a model folder to check, or --budget MODEL --gpu CARD")
     page = examine(args)
     if args.json:
         print(json.dumps([asdict(line) for line in page], indent=2, ensure_ascii=False))

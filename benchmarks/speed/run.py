@@ -34,6 +34,7 @@ from benchmarks.speed import trace
 from benchmarks.speed.points import Point, command, parse_variants, points, vocabulary
 from benchmarks.speed.table import markdown, with_speedups
 from evaluation.backends import BackendError, Server, Turn
+from fastmtp.budget.shapes import cycle_bytes
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
@@ -99,7 +100,7 @@ def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, ban
     seconds = sum(t.latency_s - t.first_s for t in turns)
     cycles = tokens if not point.num_steps else sum(t.verify_passes for t in turns)
     context = prompt_tokens + len(turns[0].output_ids) // 2
-    read = shapes.cycle_bytes(shape, point.num_steps, point.head_rows, context)
+    read = cycle_bytes(shape, point.num_steps, point.head_rows, context)
     speeds = [(len(t.output_ids) - t.first_tokens) / (t.latency_s - t.first_s) for t in turns]
     return {
         "name": point.name,

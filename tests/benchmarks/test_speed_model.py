@@ -14,6 +14,7 @@ from benchmarks.speed import run as speed_model
 from benchmarks.speed import table, trace
 from benchmarks.speed.points import Point, Variant, command, parse_variants, points, vocabulary
 from evaluation.backends import BackendError, Turn
+from fastmtp.budget import shapes as budget
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
 
@@ -26,12 +27,12 @@ def test_bytes_of_mimo_7b_are_those_of_its_weights():
     """
     attention = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 4096 + 2 * 1024
     layer = attention + 3 * 4096 * 11008 + 2 * 4096
-    assert shapes.layer_bytes(MIMO) == 2 * layer
-    assert shapes.backbone_bytes(MIMO) == pytest.approx(14.0e9, rel=0.002)
-    assert shapes.draft_bytes(MIMO, 0) == pytest.approx(0.4216e9, rel=0.001)
-    assert shapes.draft_bytes(MIMO, 151680) / shapes.backbone_bytes(MIMO) == pytest.approx(0.1189, abs=0.0005)
-    grown = shapes.cycle_bytes(MIMO, 3, 32768, 256) - shapes.cycle_bytes(MIMO, 0, 0, 256)
-    assert grown == 3 * (shapes.draft_bytes(MIMO, 32768) + 2 * 2 * 8 * 128 * 256)
+    assert budget.layer_bytes(MIMO) == 2 * layer
+    assert budget.backbone_bytes(MIMO) == pytest.approx(14.0e9, rel=0.002)
+    assert budget.draft_bytes(MIMO, 0) == pytest.approx(0.4216e9, rel=0.001)
+    assert budget.draft_bytes(MIMO, 151680) / budget.backbone_bytes(MIMO) == pytest.approx(0.1189, abs=0.0005)
+    grown = budget.cycle_bytes(MIMO, 3, 32768, 256) - budget.cycle_bytes(MIMO, 0, 0, 256)
+    assert grown == 3 * (budget.draft_bytes(MIMO, 32768) + 2 * 2 * 8 * 128 * 256)
 
 
 def test_the_config_is_one_that_serve_accepts(tmp_path):
@@ -126,7 +127,7 @@ def test_the_arithmetic_of_a_point():
     assert row["tokens_per_s"] == pytest.approx(512 / 1.5)
     assert row["tau"] == pytest.approx(512 / 192)
     assert row["ms_per_cycle"] == pytest.approx(1500 / 192)
-    read = shapes.cycle_bytes(MIMO, 3, 32768, 64 + 256)
+    read = budget.cycle_bytes(MIMO, 3, 32768, 64 + 256)
     assert row["bound_ms"] == pytest.approx(1000 * read / bandwidth)
     assert row["bound_share"] == pytest.approx(row["bound_ms"] / row["ms_per_cycle"])
     plain = speed_model.record(Point(0, None, 151680, 1.0), [turn(513, None, 3.5)], MIMO, 64, bandwidth)
