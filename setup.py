@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 DATA = {
     "configs": ["*.yaml", "*.json", "data/*.yaml"],
-    "examples": ["*.jsonl", "*.py"],
+    "examples": ["*.jsonl", "*.py", "questions/*.jsonl"],
     "vocab": ["*/*.pt", "*/*.json"],
 }
 

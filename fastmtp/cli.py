@@ -64,6 +64,9 @@ COMMANDS = {
         "fastmtp.ablation", "train every arm of configs/ablation.yaml and print the table", resumes=True
     ),
     "report": Command("fastmtp.report", "markdown table, loss curves and acceptance curves of a run"),
+    "speedrun": Command(
+        "fastmtp.speedrun", "from a raw model to the paper's table, on 1 to N GPUs", resumes=True
+    ),
     "quickstart": Command("fastmtp.quickstart", "all of the above on a small real model", resumes=True),
 }
 

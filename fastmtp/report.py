@@ -10,12 +10,14 @@ and writes report.md, losses.png and acceptance.png into one folder.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.inputs import read_json, read_jsonl
+from fastmtp.inputs import existing, read_json, read_jsonl
 from fastmtp.show import markdown
 from fastmtp.show.markdown import number
 from fastmtp.tau import Acceptance, summarise
@@ -159,7 +161,20 @@ def decoding_table(runs: dict[str, dict]) -> str:
     return markdown.grid(head, rows, text=1)
 
 
-def report(train: str | None, acceptance: str | None, decoding: Sequence[str], out: str | Path) -> None:
+def evaluated(folder: Path, out: Path) -> str:
+    """table.md of evaluation.run one heading lower, its pictures linked from `out`. Raises InputError."""
+    text = existing(folder / "table.md", "table of evaluation.run").read_text(encoding="utf-8")
+    text = re.sub(r"^#", "##", text, flags=re.M)
+    return re.sub(r"\]\((\w+\.png)\)", rf"]({os.path.relpath(folder, out)}/\1)", text)
+
+
+def report(
+    train: str | None,
+    acceptance: str | None,
+    decoding: Sequence[str],
+    out: str | Path,
+    evaluation: str | None = None,
+) -> None:
     """Write report.md and its pictures into `out`; parts that are not given are left out."""
     out = Path(out)
     runs = {Path(path).stem: read_decoding(path) for path in decoding}
@@ -172,6 +187,8 @@ def report(train: str | None, acceptance: str | None, decoding: Sequence[str], o
     if curves or pooled:
         draw(out, curves, pooled)
     lines = ["# Report", ""]
+    if evaluation:
+        lines += [evaluated(Path(evaluation), out), ""]
     if runs:
         lines += [DECODING, decoding_table(runs), ""]
     if pooled:
@@ -192,6 +209,7 @@ def parser() -> Parser:
     )
     p.add_argument("--train", help="output_dir of a training run: loss curves")
     p.add_argument("--acceptance", help="JSON of fastmtp.acceptance: table of heads and acceptance curves")
+    p.add_argument("--evaluation", help="--out of evaluation.run: its table and pictures")
     p.add_argument("--decoding", nargs="+", default=[], help="rows of fastmtp.decoding: speed and identity")
     p.add_argument("--out", required=True, help="folder for report.md and the pictures")
     return p
@@ -199,11 +217,12 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if not (args.train or args.acceptance or args.decoding):
-        raise InputError("nothing to report; give --train, --acceptance or --decoding")
-    report(args.train, args.acceptance, args.decoding, args.out)
+    if not (args.train or args.acceptance or args.decoding or args.evaluation):
+        raise InputError("nothing to report; give --train, --acceptance, --evaluation or --decoding")
+    report(args.train, args.acceptance, args.decoding, args.out, args.evaluation)
     sources = [*args.decoding, *([args.acceptance] if args.acceptance else [])]
     sources += [Path(args.train) / "logging.jsonl"] if args.train else []
+    sources += [Path(args.evaluation) / "results.jsonl"] if args.evaluation else []
     files.write_provenance(args.out, vars(args), sources)
     print(json.dumps({"report": str(Path(args.out) / "report.md")}))
 

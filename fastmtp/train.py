@@ -16,7 +16,6 @@ another model it is refused; `--overwrite true` starts over.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import logging
 import os
@@ -35,8 +34,8 @@ from fastmtp import files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data import training_run
-from fastmtp.data.recipe import HEAD_KEYS, apply_overrides, complete, read_recipe
-from fastmtp.data.recipe_check import check_head, check_numbers, check_warmup
+from fastmtp.data.recipe import apply_overrides, complete, read_recipe
+from fastmtp.data.recipe_check import check_head, check_keys, check_numbers, check_warmup
 from fastmtp.data.rendering import check_template
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.data.training_rows import Rules
@@ -53,16 +52,7 @@ DATA_SEED = 42  # ms-swift's, and its 3 epochs
 
 def check(recipe: dict, known: set[str], place: str) -> None:
     """InputError for unknown or missing keys, bad values, a model without a head, missing data files."""
-    for settings, allowed in ((recipe, known), (recipe.get("model_kwargs") or {}, set(HEAD_KEYS))):
-        if not isinstance(settings, dict):
-            raise InputError(f"{place}: 'model_kwargs' must be a block of the head's settings")
-        for key in settings:
-            if key not in allowed:
-                near = difflib.get_close_matches(key, {*allowed, *HEAD_KEYS}, 1)
-                own = f"the head's settings are {', '.join(HEAD_KEYS)}"
-                other = own if key.startswith("mtp_") else "see `swift sft --help`"
-                hint = f"did you mean '{near[0]}'?" if near else other
-                raise InputError(f"{place}: unknown key '{key}'; {hint}")
+    check_keys(recipe, known, place)
     for key in NEEDED:
         if not recipe.get(key):
             raise InputError(f"{place}: the key '{key}' is missing; see configs/quickstart.yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from fastmtp.cli import InputError
+from fastmtp.data.sources import DataConfig
 
 
 def choose(
@@ -39,3 +40,36 @@ def choose(
             chosen.append(position)
             left -= tokens[position]
     return sorted(chosen)
+
+
+def quotas(data: DataConfig, counts: dict[str, int], limit: int) -> dict[str, int]:
+    """Source -> how many of its `counts` rows make up `limit` prompts by the list's shares, or all rows.
+
+    A category's share goes to its sources by their size. What a scarce source lacks goes to the others, in
+    their proportions. Without shares every row counts alike.
+    """
+    sizes: dict[str, int] = {}
+    for source in data.sources:
+        sizes[source.category] = sizes.get(source.category, 0) + counts[source.name]
+    weights = {
+        source.name: data.shares.get(source.category, 0.0 if data.shares else sizes[source.category])
+        * counts[source.name]
+        / max(1, sizes[source.category])
+        for source in data.sources
+    }
+    takes, left = dict.fromkeys(counts, 0), min(limit, sum(counts[n] for n, w in weights.items() if w > 0))
+    open_ = {name for name, weight in weights.items() if weight > 0}
+    while left and open_:
+        each = left / sum(weights[name] for name in open_)
+        full = {name for name in open_ if weights[name] * each >= counts[name]}
+        if not full:  # every source that is left has more than its part
+            exact = {name: weights[name] * each for name in open_}
+            takes |= {name: int(part) for name, part in exact.items()}
+            rest = left - sum(takes[name] for name in open_)
+            for name in sorted(open_, key=lambda name: (takes[name] - exact[name], name))[:rest]:
+                takes[name] += 1
+            break
+        takes |= {name: counts[name] for name in full}
+        left -= sum(counts[name] for name in full)
+        open_ -= full
+    return takes

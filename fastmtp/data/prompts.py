@@ -17,8 +17,9 @@ from pathlib import Path
 
 from fastmtp.cli import InputError
 from fastmtp.data.messages import refuse_unread, row_messages, text_field
+from fastmtp.data.mixture import quotas
 from fastmtp.data.sources import DataConfig, Sampling, Source
-from fastmtp.inputs import read_jsonl
+from fastmtp.inputs import read_jsonl, resource
 from fastmtp.vocab.lang import detect
 
 # Gives ("file:line", {messages, source, ...}), anew at every call.
@@ -90,35 +91,48 @@ def read_prompts(path: str | Path, split: str | None = None, limit: int | None =
     return prompts
 
 
-def listed_rows(data: DataConfig, path: str, seed: int) -> Rows:
+def listed_rows(data: DataConfig, path: str, seed: int, limit: int | None = None) -> Rows:
     """Rows of all sources of a data set list, in the form of `file_rows`. Hub data sets are fetched at the
     first call.
+
+    limit: take so many at random, by the list's shares (`mixture.quotas`). A larger one takes these and more.
     """
     tables = {source.name: _table(source, path) for source in data.sources}
 
     def rows() -> Iterator[tuple[str, dict]]:
+        takes = _takes(data, tables, limit)
         for source in data.sources:
-            table = tables[source.name]
-            kept = (n for n, (_, row) in enumerate(table()) if _kept(source, row))
-            if source.samples is not None:
-                places = list(kept)
-                amount = min(source.samples, len(places))
-                chosen = set(random.Random(f"{seed} {source.name}").sample(places, amount))
-                picked = ((place, row) for n, (place, row) in enumerate(table()) if n in chosen)
-            else:
-                picked = ((place, row) for place, row in table() if _kept(source, row))
-            for place, row in picked:
-                yield (
-                    place,
-                    {"source": source.name, "lang": source.lang, "messages": _messages(source, row, place)},
-                )
+            chosen = None
+            if source.name in takes:
+                count, amount = takes[source.name]
+                order = random.Random(f"{seed} {source.name}").sample(range(count), count)
+                chosen = set(order[:amount])
+            kept = ((place, row) for place, row in tables[source.name]() if _kept(source, row))
+            for number, (place, row) in enumerate(kept):
+                if chosen is None or number in chosen:
+                    messages = _messages(source, row, place)
+                    yield place, {"source": source.name, "lang": source.lang, "messages": messages}
 
     return rows
 
 
+def _takes(data: DataConfig, tables: dict[str, Rows], limit: int | None) -> dict[str, tuple[int, int]]:
+    """Source -> (rows it has, rows to take), of those that do not give all."""
+    counts = {
+        source.name: sum(_kept(source, row) for _, row in tables[source.name]())
+        for source in data.sources
+        if limit is not None or source.samples is not None
+    }
+    most = {source.name: source.samples for source in data.sources if source.samples is not None}
+    takes = {name: min(count, most.get(name, count)) for name, count in counts.items()}
+    if limit is not None:
+        takes = quotas(data, takes, limit)
+    return {name: (count, takes[name]) for name, count in counts.items()}
+
+
 def _table(source: Source, listed_in: str) -> Rows:
     if source.path:
-        path = source.path
+        path = resource(source.path)
         return lambda: ((f"{path}:{number}", row) for number, row in read_jsonl(path))
     try:
         import datasets  # heavy, and only the Hub needs it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.util import find_spec
 
 from fastmtp.cli import InputError
+from fastmtp.data.recipe import HEAD_KEYS
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.head.recursion import ATTENTIONS
 
@@ -24,6 +26,20 @@ AT_LEAST_ONE = (
     "save_steps",
     "logging_steps",
 )
+
+
+def check_keys(recipe: dict, known: set[str], place: str) -> None:
+    """InputError for a key that neither ms-swift (`known`) nor the head has."""
+    for settings, allowed in ((recipe, known), (recipe.get("model_kwargs") or {}, set(HEAD_KEYS))):
+        if not isinstance(settings, dict):
+            raise InputError(f"{place}: 'model_kwargs' must be a block of the head's settings")
+        for key in settings:
+            if key not in allowed:
+                near = difflib.get_close_matches(key, {*allowed, *HEAD_KEYS}, 1)
+                own = f"the head's settings are {', '.join(HEAD_KEYS)}"
+                other = own if key.startswith("mtp_") else "see `swift sft --help`"
+                hint = f"did you mean '{near[0]}'?" if near else other
+                raise InputError(f"{place}: unknown key '{key}'; {hint}")
 
 
 def check_numbers(recipe: dict, place: str) -> None:

@@ -20,6 +20,7 @@ COMMANDS_OF_COMMANDS = {
     ("evaluation.lossless", "evaluation.run"),  # the same
     ("benchmarks.ablation.run", "fastmtp.train"),  # trains and exports each arm
     ("benchmarks.ablation.run", "fastmtp.export"),
+    ("fastmtp.speedrun", "fastmtp.train"),  # asks it for ms-swift's keys, to refuse a wrong one at once
     ("benchmarks.distill", "fastmtp.distill"),  # runs its generation loop with other settings
 }
 

@@ -85,3 +85,37 @@ def test_yaml_that_is_no_mapping_is_named(tmp_path, text, words):
     with pytest.raises(InputError, match=words) as error:
         read_mapping(path)
     assert "\n" not in str(error.value)
+
+
+def mix(tmp_path, shares="{g: 0.5, m: 0.5}") -> Path:
+    """A list of two sources of one category, 30 and 10 rows, and one of another, 4 rows."""
+    sources = []
+    for name, category, rows in (("a", "g", 30), ("b", "g", 10), ("c", "m", 4)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(
+            "".join(json.dumps({"prompt": f"{name}{n}", "response": "x"}) + "\n" for n in range(rows))
+        )
+        sources.append(f"{{name: {name}, category: {category}, licence: x, path: {path}, prompt: prompt}}")
+    listed = tmp_path / "list.yaml"
+    listed.write_text(f"shares: {shares}\nsources: [{', '.join(sources)}]\n")
+    return listed
+
+
+def asked(listed: Path, limit: int | None) -> list[str]:
+    rows = listed_rows(load_yaml(listed, DataConfig), str(listed), 0, limit)
+    return [row["messages"][0]["content"] for _, row in rows()]
+
+
+def test_a_limit_takes_prompts_by_the_shares_of_the_list(tmp_path):
+    listed = mix(tmp_path)
+    few = asked(listed, 8)
+    assert sorted(text[0] for text in few) == list("aaabcccc")
+    assert few != [f"a{n}" for n in range(3)] + ["b0", "c0", "c1", "c2", "c3"]  # at random, not the first
+    more = asked(listed, 24)  # of c there is no more: what it lacks goes to the others
+    assert sorted(text[0] for text in more) == list("a" * 15 + "b" * 5 + "c" * 4)
+    assert {*few} <= {*more} and few == asked(listed, 8)
+    assert asked(listed, 100) == asked(listed, None) and len(asked(listed, None)) == 44
+
+
+def test_a_limit_without_shares_takes_rows_alike(tmp_path):
+    assert sorted(text[0] for text in asked(mix(tmp_path, "{}"), 22)) == list("a" * 15 + "b" * 5 + "c" * 2)
