@@ -262,7 +262,7 @@ def report(plan: Plan) -> Stage:
     run, figures, evaluation = plan.path("train"), plan.path("acceptance.json"), plan.path("evaluation")
     out = plan.path("report")
     text = words(train=run, acceptance=figures, evaluation=evaluation, out=out)
-    return Stage("report", "fastmtp.report", text, out, (run, figures, f"{evaluation}/results.jsonl"))
+    return Stage("report", "fastmtp.report", text, out, (run, figures, evaluation))
 
 
 def settings_of(stage: Stage) -> dict[str, object]:

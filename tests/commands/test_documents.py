@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastmtp import cli, distill, train
+from fastmtp.data.recipe import HEAD_KEYS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("*.md", "docs/*.md", "vocab/*.md", "examples/*.md", "fastmtp/**/*.md", "benchmarks/**/*.md")
@@ -103,7 +104,7 @@ def test_a_shown_command_is_one_that_the_parser_takes(command, monkeypatch):
     unknown = [word for word in parser.parse_known_args(words)[1] if word != "..."]
     if module == "benchmarks.distill":  # what is left is the distiller's
         unknown = distill.parser().parse_known_args(unknown)[1]
-    if module in ("fastmtp.train", "benchmarks.ablation.run"):
+    if module in ("fastmtp.train", "fastmtp.speedrun", "benchmarks.ablation.run"):
         recipe = train.apply_overrides({}, unknown)
         unknown = sorted((recipe.keys() | recipe.pop("model_kwargs").keys()) - known_keys())
     assert unknown == []
@@ -113,7 +114,7 @@ def known_keys() -> set[str]:
     pytest.importorskip("swift")
     from fastmtp.swift_plugin import swift_keys
 
-    return {*swift_keys(), *train.HEAD_KEYS}
+    return {*swift_keys(), *HEAD_KEYS}
 
 
 def test_many_commands_are_seen():
