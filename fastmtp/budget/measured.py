@@ -10,7 +10,7 @@ VOCABULARY, THROUGHPUT, HEADS = (
     "results/train_throughput.md",
     "results/smollm2_heads.md",
 )
-README, ONCE = "README.md", "one run"
+QUICKSTART, ONCE = "results/quickstart.md", "one run"
 WHOLE = None
 
 
@@ -59,8 +59,8 @@ DECODING = [
     Pass("qwen2.5-1.5b", "cpu", 0, WHOLE, 228.0, ONCE, True),
     Pass("qwen2.5-1.5b", "cpu", 3, 32768, 258.0, ONCE, True),
     Pass("qwen2.5-1.5b", "cpu", 3, WHOLE, 379.0, ONCE, True),
-    Pass("smollm2", "cpu", 0, WHOLE, 42.7, README, True),
-    Pass("smollm2", "cpu", 3, 8192, 54.8, README, True),
+    Pass("smollm2", "cpu", 0, WHOLE, 42.7, QUICKSTART, True),
+    Pass("smollm2", "cpu", 3, 8192, 54.8, QUICKSTART, True),
 ]
 
 
