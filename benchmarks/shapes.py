@@ -89,7 +89,7 @@ def read_rates(source: str) -> Rates:
             raise InputError(
                 f"{source}:{number}: no field {error}; give the results.jsonl of evaluation.run"
             ) from None
-        if not name.startswith("fastmtp:"):
+        if not name.startswith("fastmtp:") or "@" in name:  # a tree accepts more
             continue
         map_name = name.partition("+")[2] or None
         longest = by_map.get(map_name, (0, []))

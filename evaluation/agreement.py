@@ -22,8 +22,10 @@ from evaluation.run import Result, ask_or_exit, finish
 from fastmtp.cli import InputError, Parser, run, split_at_dashes
 from fastmtp.files import atomic, write_json
 from fastmtp.reference import model as models
+from fastmtp.reference.ranks import measure_drafted
 from fastmtp.reference.teacher_forced import FULL, measure, pooled
 from fastmtp.show.markdown import grid, number
+from fastmtp.tau import Acceptance
 from fastmtp.vocab.draft_vocab import load_map
 
 
@@ -75,14 +77,20 @@ def compare(plan: Plan, results: list[Result], dtype: str) -> list[dict]:
 
 
 def _computed(model: models.Model, arm: Arm, samples: list[dict]) -> dict:
-    """tau and rates by teacher forcing; None for both if no answer is longer than its first token."""
+    """tau and rates by teacher forcing, a tree's by drafting along the text; None for both if no answer is
+    longer than its first token.
+    """
     samples = [sample for sample in samples if len(sample["output_ids"]) > 1] and samples
     if not samples:
         return {"accept_length": None, "position_rates": None}
     size = model.net.vocab_size
     maps = {"map": load_map(arm.token_map, model.tokenizer, size)} if arm.token_map else {}
-    measured = measure(model, samples, arm.num_steps, maps)
-    total = pooled(measured, "map" if maps else FULL)
+    name = "map" if maps else FULL
+    if arm.tree:
+        histograms = measure_drafted(model, samples, arm.tree, maps)[name]
+        total = Acceptance.over([sample["output_ids"] for sample in samples], histograms)
+    else:
+        total = pooled(measure(model, samples, arm.num_steps, maps), name)
     return {"accept_length": total.accept_length, "position_rates": total.position_rates}
 
 

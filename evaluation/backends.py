@@ -19,6 +19,7 @@ import aiohttp
 
 from fastmtp.engines import client
 from fastmtp.reference import model, speculative
+from fastmtp.trees.tree import DraftTree
 from fastmtp.vocab.draft_vocab import load_map
 
 
@@ -265,11 +266,13 @@ def _histogram(meta: dict) -> list[int]:
 
 
 class Reference:
-    """Answers like `Server`, one request at a time. `async with Reference(...) as backend:`."""
+    """Answers like `Server`, one request at a time. drafts: a chain's length or a tree; 0: plain decoding."""
 
-    def __init__(self, model_folder: str, dtype: str, device: str, num_steps: int, token_map: str | None):
+    def __init__(
+        self, model_folder: str, dtype: str, device: str, drafts: int | DraftTree, token_map: str | None
+    ):
         self.model_folder, self.dtype, self.device = model_folder, dtype, device
-        self.num_steps, self.token_map = num_steps, token_map
+        self.drafts, self.token_map = drafts, token_map
 
     async def __aenter__(self) -> Reference:
         self.model = model.load(self.model_folder, dtype=self.dtype, device=self.device)
@@ -301,7 +304,7 @@ class Reference:
             self.model,
             prompt_ids,
             max_new_tokens,
-            drafts=self.num_steps,
+            drafts=self.drafts,
             temperature=temperature,
             seed=seed,
             token_map=self.map,
@@ -311,8 +314,8 @@ class Reference:
             output_ids=list(result.ids),
             text=self.model.tokenizer.decode(result.ids, skip_special_tokens=True),
             prompt_tokens=len(prompt_ids),
-            verify_passes=result.verify_passes if self.num_steps else None,
-            histogram=list(result.histogram) if self.num_steps else [],
+            verify_passes=result.verify_passes if self.drafts else None,
+            histogram=list(result.histogram) if self.drafts else [],
             first_tokens=1,
             first_s=result.prefill_s,
             latency_s=latency_s,

@@ -154,7 +154,11 @@ def arm_of(info: dict) -> tuple[int, str | None, str]:
     token_map = info["token_map"] if num_steps else None
     if not num_steps:
         return 0, None, "baseline"
-    return num_steps, token_map, f"fastmtp:{num_steps}" + (f"+{Path(token_map).stem}" if token_map else "")
+    arm = f"fastmtp:{num_steps}" + (f"+{Path(token_map).stem}" if token_map else "")
+    topk = settings.get("speculative_eagle_topk") or 1
+    if topk > 1:
+        arm += f"@tree{topk}x{settings['speculative_num_draft_tokens']}"
+    return num_steps, token_map, arm
 
 
 def identity(

@@ -8,6 +8,7 @@ number of draft steps. `vanilla` is the head as it was before training and lives
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import re
@@ -41,21 +42,24 @@ from fastmtp.fingerprint import fingerprint, gpu_name, machine
 from fastmtp.inputs import existing, read_json, resource
 from fastmtp.reference import model, speculative
 from fastmtp.tokenizer import load_tokenizer
+from fastmtp.trees.tree import DynamicTree
 from fastmtp.vocab.draft_vocab import load_map
 
 PROMPT_ROOM = 8192  # tokens of a prompt that a server with a fixed key-value pool has room for
 REPEAT = "baseline_repeat"
+TOPK = 4  # of an arm's tree that names its nodes alone
 
 
 @dataclass(frozen=True)
 class Arm:
-    """num_steps 0: plain decoding. token_map: a path, or None for the full head."""
+    """num_steps 0: plain decoding. token_map: a path, or None for the full head. tree: instead of a chain."""
 
     name: str
     model: str
     num_steps: int
     token_map: str | None
     map_name: str | None = None
+    tree: DynamicTree | None = None
 
     @property
     def folder(self) -> str:
@@ -87,18 +91,27 @@ def _named(item: str) -> tuple[str, str]:
 def _arm(name: str, model: str, vanilla_model: str | None, maps: dict[str, str]) -> Arm:
     if name == "baseline":
         return Arm(name, model, 0, None)
-    match = re.fullmatch(r"(vanilla|fastmtp):([1-9]\d?)(?:\+(\w[\w.-]*))?", name)
+    match = re.fullmatch(r"(vanilla|fastmtp):([1-9]\d?)(?:\+(\w[\w.-]*))?(?:@tree(?:(\d+)x)?(\d+))?", name)
     if not match:
         raise InputError(
-            f"--arms: '{name}' is not baseline, vanilla:K or fastmtp:K, with +MAP for a token map"
+            f"--arms: '{name}' is not baseline, vanilla:K or fastmtp:K, with +MAP for a token map and "
+            "@treeTOPKxNODES for a draft tree"
         )
-    kind, steps, map_name = match.groups()
+    kind, steps, map_name, topk, nodes = match.groups()
     if map_name and map_name not in maps:
         raise InputError(f"--arms: '{name}' needs --token-map {map_name}=PATH")
     if kind == "vanilla" and not vanilla_model:
         raise InputError(f"--arms: '{name}' needs --vanilla-model, the folder with the head before training")
     folder = vanilla_model if kind == "vanilla" else model
-    return Arm(name, folder, int(steps), maps.get(map_name) if map_name else None, map_name)
+    tree = _tree(name, int(topk or TOPK), int(steps), int(nodes)) if nodes else None
+    return Arm(name, folder, int(steps), maps.get(map_name) if map_name else None, map_name, tree)
+
+
+def _tree(arm: str, topk: int, depth: int, nodes: int) -> DynamicTree:
+    try:
+        return DynamicTree(topk, depth, nodes)
+    except ValueError as error:
+        raise InputError(f"--arms: '{arm}': {error}") from None
 
 
 def question_file(folder: str | None, task: Task) -> Path | None:
@@ -126,7 +139,7 @@ def add_arguments(p: Parser) -> None:
     p.add_argument(
         "--arms",
         default="baseline,fastmtp:3",
-        help="baseline, vanilla:K, fastmtp:K, +MAP (default %(default)s)",
+        help="baseline, vanilla:K, fastmtp:K, +MAP, @treeTOPKxNODES (default %(default)s)",
     )
     p.add_argument(
         "--token-map",
@@ -236,7 +249,7 @@ class Plan:
         flags = self.server_flags()
         if self.engine:
             flags = merged(backend_vllm.flags(self.engine, arm.num_steps), flags)
-        serving = Serving(arm.model, arm.num_steps, arm.token_map, port=port, flags=flags)
+        serving = Serving(arm.model, arm.num_steps, arm.token_map, tree=arm.tree, port=port, flags=flags)
         return vllm.command(serving, self.engine) if self.engine else sglang.command(serving, backend)
 
     def environment(self, arm: Arm) -> dict[str, str]:
@@ -267,6 +280,7 @@ class Plan:
         }
         settings = vars(self.settings) | {"num_steps": arm.num_steps, "parallel": a.parallel}
         settings |= {"backend": a.backend, "dtype": self.dtype}
+        settings |= {"tree": dataclasses.asdict(arm.tree)} if arm.tree else {}
         if a.backend == "reference":
             contents["decoder"] = [model.__file__, speculative.__file__, *checkpoint.CODE]
             settings |= {"device": a.device} | machine()

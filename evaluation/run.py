@@ -86,7 +86,7 @@ async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None
     """Ask one arm everything that is missing; its environment."""
     a = plan.args
     if url is None:
-        backend = Reference(arm.model, plan.dtype, a.device, arm.num_steps, arm.token_map)
+        backend = Reference(arm.model, plan.dtype, a.device, arm.tree or arm.num_steps, arm.token_map)
     elif plan.engine:
         backend = VllmServer(url, a.timeout, alone=a.parallel == 1)
     else:

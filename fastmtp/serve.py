@@ -2,6 +2,7 @@
 
     python -m fastmtp.serve --model models/smollm2-fastmtp --num-steps 3 --token-map vocab/smollm2/en_32k.pt
     python -m fastmtp.serve --model models/mimo-7b-fastmtp --token-maps en=EN_32K.pt,zh=ZH_32K.pt
+    python -m fastmtp.serve --model models/smollm2-fastmtp --tree 4,3,16
     python -m fastmtp.serve --model models/smollm2-fastmtp --engine vllm
 
 The command line is built for the engine that is installed (SGLang 0.5.17 or later; vLLM 0.25.1 or later, its
@@ -29,6 +30,8 @@ from fastmtp.engines.process import Server, ServerError
 from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang import VOCAB_READY, command, sglang_version, vocab_environment
 from fastmtp.inputs import read_json, shipped
+from fastmtp.trees.tree import DynamicTree
+from fastmtp.trees.tree_file import parse
 
 KEY = "FASTMTP_API_KEY"
 
@@ -45,7 +48,17 @@ def parser() -> Parser:
         choices=("sglang", "vllm"),
         help="default: the one that is installed; SGLang if both are",
     )
-    p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
+    p.add_argument("--num-steps", type=int, help="drafts per cycle (default 3, or the depth of --tree)")
+    p.add_argument(
+        "--tree",
+        metavar="TOPK,DEPTH,NODES",
+        help="verify a tree instead of a chain: NODES tokens per cycle, the newest included (SGLang only)",
+    )
+    p.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="let SGLang change the number of steps with the load and what is accepted (chains only)",
+    )
     p.add_argument(
         "--token-map", type=shipped, metavar="PATH", help="draft vocabulary, from fastmtp.build_vocab"
     )
@@ -88,17 +101,7 @@ class Start:
 def main(argv: list[str] | None = None) -> None:
     ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
-    check_arguments(args)
-    serving = Serving(
-        model=args.model,
-        num_steps=0 if args.no_spec else args.num_steps,
-        token_map=args.token_map,
-        token_maps=args.token_maps,
-        tp=args.tp,
-        host=args.host,
-        port=args.port,
-        flags=flags,
-    )
+    serving = serving_of(args, flags)
     # Of this user and this run alone: two servers, or another user's link, never meet here.
     folder = None if args.dry_run and not args.token_maps else Path(tempfile.mkdtemp(prefix="fastmtp-serve-"))
     if (args.engine or default_engine()) == "vllm":
@@ -112,6 +115,27 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{start.name}: {start.shown(key)}", flush=True)
     line = start.argv + ([f"--api-key={key}"] if key else [])
     serve(line, args.port, folder / "server.log", start.env, args.host, key, start.ready)
+
+
+def serving_of(args, flags: list[str]) -> Serving:
+    """What the options ask for. Raises InputError for options that contradict each other."""
+    tree = parse(args.tree) if args.tree else None
+    if tree and not isinstance(tree, DynamicTree):
+        raise InputError(f"--tree {args.tree}: SGLang draws its trees while it runs; give TOPK,DEPTH,NODES")
+    steps = args.num_steps if args.num_steps is not None else tree.depth if tree else 3
+    check_arguments(args, steps)
+    return Serving(
+        model=args.model,
+        num_steps=0 if args.no_spec else steps,
+        token_map=args.token_map,
+        token_maps=args.token_maps,
+        tree=tree,
+        adaptive=args.adaptive,
+        tp=args.tp,
+        host=args.host,
+        port=args.port,
+        flags=flags,
+    )
 
 
 def default_engine() -> str:
@@ -148,13 +172,14 @@ def start_vllm(args, serving: Serving) -> Start:
     return Start(name, line, vllm.environment(engine, args.model, args.tp), ready)
 
 
-def check_arguments(args) -> None:
+def check_arguments(args, num_steps: int) -> None:
     """InputError for options that contradict each other; `command` checks them against the engine."""
-    if args.num_steps < 1:
-        raise InputError(
-            f"--num-steps {args.num_steps}: must be at least 1; for plain decoding give --no-spec"
-        )
+    if num_steps < 1:
+        raise InputError(f"--num-steps {num_steps}: must be at least 1; for plain decoding give --no-spec")
     at_least(args, 1, "tp")
+    if args.no_spec and (args.tree or args.adaptive):
+        name = "--tree" if args.tree else "--adaptive"
+        raise InputError(f"{name} with --no-spec: plain decoding has no drafts; leave one out")
     if args.token_maps and args.token_map:
         raise InputError("--token-maps with --token-map: give one of them")
     if args.vocab_policy and not args.token_maps:

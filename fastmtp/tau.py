@@ -39,6 +39,14 @@ class Acceptance:
     histogram: list[int] = field(default_factory=list)
     samples: list[tuple[int, int]] = field(default_factory=list)
 
+    @classmethod
+    def over(cls, answers: Sequence[Sequence[int]], histograms: Sequence[list[int]]) -> Acceptance:
+        """Of answers' token ids and their histograms."""
+        total = cls()
+        for ids, histogram in zip(answers, histograms, strict=True):
+            total.add(len(ids), histogram)
+        return total
+
     def add(self, output_tokens: int, histogram: list[int]) -> None:
         self._count(output_tokens, histogram)
         self.samples.append((output_tokens, sum(histogram)))

@@ -31,6 +31,7 @@ OLDEST = (0, 5, 17)
 EXTERNAL_PACKAGE = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # SGLang takes models of this package before its own
 VOCAB_READY = "draft vocabulary: ready"  # what fastmtp.sglang_ext logs once it is in use
 
+TREE = "the tree (--tree, or @tree of an arm), or leave it out"
 # Flags that our own options decide: after `--` they may repeat what those say and nothing else.
 OURS = {
     "--model-path": "--model",
@@ -38,12 +39,15 @@ OURS = {
     "--port": "--port",
     "--speculative-token-map": "--token-map",
     "--speculative-num-steps": "the number of steps (--num-steps, or K of an arm)",
+    "--speculative-eagle-topk": TREE,
+    "--speculative-num-draft-tokens": TREE,
+    "--speculative-adaptive": "--adaptive",
+    "--speculative-adaptive-config": "--adaptive, with --plan for a table of your own",
 }
-# Of speculative decoding: what a chain of K drafts that keeps the text needs. Lower thresholds accept drafts
-# that the model would not say.
-CHAIN = {
+# Of speculative decoding: what drafts that keep the text need. Lower thresholds accept drafts that the model
+# would not say.
+LOSSLESS = {
     "--speculative-algorithm": ("EAGLE", "NEXTN"),
-    "--speculative-eagle-topk": ("1",),
     "--speculative-accept-threshold-single": ("1", "1.0"),
     "--speculative-accept-threshold-acc": ("1", "1.0"),
 }
@@ -52,12 +56,11 @@ REFUSED = {
     "--api-key": "it would be printed; give --api-key of fastmtp.serve before --, or FASTMTP_API_KEY",
     "--admin-api-key": "it would be printed; start SGLang yourself for a server with an admin's key",
     "--speculative-draft-model-path": "the head in the model folder is the draft; leave it out",
-    "--speculative-adaptive": "it changes the number of steps while running; leave it out",
-    "--speculative-adaptive-config": "it changes the number of steps while running; leave it out",
 }
-PLAIN = ("--speculative-algorithm", "--speculative-eagle-topk", "--speculative-num-draft-tokens")
-GUARDED = (*OURS, *CHAIN, *REFUSED, "--tp-size", "--dp-size", "--enable-dp-attention", "--trust-remote-code")
-GUARDED += ("--speculative-num-draft-tokens",)
+# With these SGLang drops --speculative-adaptive and only logs it.
+STEADY = ("--enable-dp-attention", "--enable-two-batch-overlap", "--enable-pdmux")
+ADAPTIVE_STEPS = (1, 3, 7)  # in the table of every version of SGLang
+GUARDED = (*OURS, *LOSSLESS, *REFUSED, *STEADY, "--tp-size", "--dp-size", "--trust-remote-code")
 
 
 def sglang_version() -> str:
@@ -130,12 +133,9 @@ def check(serving: Serving) -> dict:
             f"{model}: its head was trained on the state before the final norm, and SGLang hands over the "
             "one after it; serve it with --engine vllm, or train it with mtp_hidden post_norm"
         )
-    own = {"--model-path": model, "--host": serving.host, "--port": str(serving.port)}
-    if num_steps:
-        own["--speculative-num-steps"] = str(num_steps)
-        own["--speculative-token-map"] = str(Path(token_map).resolve()) if token_map else None
-    check_flags(flags, num_steps, own)
+    check_flags(flags, num_steps, values(chosen(serving)))
     said = values(flags)
+    check_drafts(serving, said)
     if (token_map or token_maps) and not num_steps:
         name = "--token-map" if token_map else "--token-maps"
         raise InputError(f"{name} without drafts: there is nothing to shorten; leave the map out")
@@ -143,7 +143,8 @@ def check(serving: Serving) -> dict:
     if token_map and tp > 1:
         raise InputError(
             f"--token-map with --tp {tp}: SGLang indexes a head split over GPUs with whole-vocabulary ids, "
-            "and crashes or drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1 or no map"
+            "and crashes or drafts wrong tokens (github.com/sgl-project/sglang/issues/4328); use --tp 1, or "
+            "no map"
         )
     if token_maps and "--enable-dp-attention" in said:
         raise InputError(
@@ -151,11 +152,34 @@ def check(serving: Serving) -> dict:
         )
     paths = [token_map] if token_map else draft_vocab.parse_maps(token_maps).values() if token_maps else []
     for path in paths:
-        draft_vocab.load_map(path, said.get("--tokenizer-path", model), vocabulary(model, config))
+        ids = draft_vocab.load_map(path, said.get("--tokenizer-path", model), vocabulary(model, config))
+        if serving.tree and serving.tree.topk > len(ids):
+            raise InputError(f"{path}: {len(ids)} ids are too few for a tree of topk {serving.tree.topk}")
     return config
 
 
-def check_flags(flags: Sequence[str], num_steps: int, own: dict[str, str | None]) -> None:
+def check_drafts(serving: Serving, said: dict[str, str]) -> None:
+    """InputError for a tree, or changing steps, that SGLang would drop or refuse. said: its own flags."""
+    if serving.tree and serving.tree.depth != serving.num_steps:
+        raise InputError(
+            f"the tree is {serving.tree.depth} drafts deep, not {serving.num_steps}; leave the steps out"
+        )
+    if not serving.adaptive:
+        return
+    if serving.tree:
+        raise InputError("--adaptive with a tree: SGLang changes the length of chains alone; leave one out")
+    if not serving.table and serving.num_steps not in ADAPTIVE_STEPS:
+        raise InputError(
+            f"--adaptive with --num-steps {serving.num_steps}: SGLang's table has 1, 3 and 7; start with one "
+            "of these, or give --plan"
+        )
+    if dropped := [flag for flag in STEADY if flag in said]:
+        raise InputError(
+            f"--adaptive with {dropped[0]}: SGLang keeps one number of steps then; leave one out"
+        )
+
+
+def check_flags(flags: Sequence[str], num_steps: int, own: dict[str, str]) -> None:
     """InputError for a flag of SGLang's that contradicts what our options say (`own`), or is abbreviated."""
     if flags and not (flags[0].startswith("--") and flags[0] != "--"):
         raise InputError(f"-- {flags[0]}: not a flag of SGLang's; its flags begin with two dashes and a name")
@@ -165,18 +189,14 @@ def check_flags(flags: Sequence[str], num_steps: int, own: dict[str, str | None]
             raise InputError(f"-- {name}: abbreviated; write the flag out, such as {full}")
         if name in REFUSED:
             raise InputError(f"-- {name}: {REFUSED[name]}")
+        if not num_steps and name.startswith("--speculative-") and name in (*OURS, *LOSSLESS):
+            raise InputError(f"-- {name} {value}: plain decoding has no drafts; leave it out")
         if name in OURS and value != own.get(name):
             raise InputError(
                 f"{name} {value} after --: contradicts this command's own options; give {OURS[name]}"
             )
-        if not num_steps and name in PLAIN:
-            raise InputError(f"-- {name} {value}: plain decoding has no drafts; leave it out")
-        if name in CHAIN and value not in CHAIN[name]:
-            raise InputError(f"-- {name} {value}: must be {CHAIN[name][0]} for drafts that keep the text")
-        if name == "--speculative-num-draft-tokens" and value != str(num_steps + 1):
-            raise InputError(
-                f"-- {name} {value}: must be {num_steps + 1} for {num_steps} steps; leave it out"
-            )
+        if name in LOSSLESS and value not in LOSSLESS[name]:
+            raise InputError(f"-- {name} {value}: must be {LOSSLESS[name][0]} for drafts that keep the text")
 
 
 def whole(name: str, value: object) -> int:
@@ -194,23 +214,34 @@ def vocabulary(model: str, config: dict) -> int:
     return size
 
 
+def chosen(serving: Serving) -> list[str]:
+    """The flags that our options decide."""
+    parts = ["--model-path", serving.model, "--host", serving.host, "--port", str(serving.port)]
+    if not serving.num_steps:
+        return parts
+    tree, steps = serving.tree, serving.num_steps
+    topk, nodes = (tree.topk, tree.nodes) if tree else (1, steps + 1)
+    parts += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(steps)]
+    parts += ["--speculative-eagle-topk", str(topk), "--speculative-num-draft-tokens", str(nodes)]
+    if serving.adaptive:
+        parts += ["--speculative-adaptive"]
+    if serving.table:
+        parts += ["--speculative-adaptive-config", str(Path(serving.table).resolve())]
+    if serving.token_map:
+        # A path that does not exist would be taken for a Hub repository.
+        parts += ["--speculative-token-map", str(Path(serving.token_map).resolve())]
+    return parts
+
+
 def command(serving: Serving, backend: str | None = None) -> list[str]:
     """SGLang's command line. backend: for attention. Raises InputError as `check` does."""
     check(serving)
-    num_steps, token_map = serving.num_steps, serving.token_map
-    parts = ["--model-path", serving.model, "--host", serving.host, "--port", str(serving.port)]
-    parts += ["--tp-size", str(serving.tp)]
+    parts = [*chosen(serving), "--tp-size", str(serving.tp)]
     attention = backend or attention_backend()
     parts += ["--attention-backend", attention, "--sampling-backend", "pytorch"]
-    if num_steps:
-        parts += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(num_steps)]
-        parts += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(num_steps + 1)]
-    if num_steps and attention == "fa3":
+    if serving.num_steps and attention == "fa3":
         # With fa3 SGLang 0.5.17 runs the draft's extension without a CUDA graph.
         parts += ["--speculative-draft-attention-backend", "triton"]
-    if token_map:
-        # A path that does not exist would be taken for a Hub repository.
-        parts += ["--speculative-token-map", str(Path(token_map).resolve())]
     return [sys.executable, "-m", "sglang.launch_server", *merged(parts, canonical(serving.flags))]
 
 

@@ -101,6 +101,9 @@ def check(serving: Serving) -> dict:
     model, num_steps, token_map = serving.model, serving.num_steps, serving.token_map
     if serving.token_maps:
         raise InputError("--token-maps: vLLM cannot change maps while it runs; give one with --token-map")
+    if serving.tree or serving.adaptive:
+        name = "a draft tree" if serving.tree else "--adaptive"
+        raise InputError(f"{name}: vLLM drafts chains of one length; leave it out, or serve with SGLang")
     check_host(serving.host, serving.port)
     check_port(serving.port)
     config = check_model(model, num_steps, serving.flags)

@@ -149,10 +149,10 @@ def wrap_worker() -> None:
             name = model.follow(reqs)
             result = inner(worker, batch, *args, **kwargs)
             if phase == "draft":
-                model.record.drew(name, len(reqs) * worker.speculative_num_steps)
+                model.record.drew(name, len(reqs) * (worker.speculative_num_draft_tokens - 1))
             if checking:
                 allowed = name, set(model.vocab.maps[name].tolist())
-                check(reqs, allowed, result.draft_token if phase == "draft" else None)
+                check(reqs, allowed, result.draft_token if phase == "draft" else None, worker.topk)
             return result
 
         setattr(EagleDraftWorker, phase, run)
@@ -161,19 +161,21 @@ def wrap_worker() -> None:
         wrap(phase)
 
 
-def check(reqs, allowed: tuple[str, set[int]], drafts) -> None:
-    """AssertionError for a draft outside its map (name, ids). drafts: [B * (K + 1)], rows of the newest token
-    and K drafts.
+def check(reqs, allowed: tuple[str, set[int]], drafts, topk: int = 1) -> None:
+    """AssertionError for a draft outside its map (name, ids). drafts: [B * N], the newest token and its
+    N - 1 drafts.
 
-    A row's first draft came from the phase before, whose map is remembered with the request.
+    The root's children came from the phase before, whose map is remembered with the request. In a tree they
+    are the first drafts, at most `topk` of them.
     """
     if drafts is None:
         for req in reqs:
             req.fastmtp_first = allowed
         return
     for req, row in zip(reqs, drafts.view(len(reqs), -1).tolist(), strict=True):
-        for (name, ids), token in zip([req.fastmtp_first] + [allowed] * (len(row) - 2), row[1:], strict=True):
-            assert token in ids, f"draft {token} is outside the map '{name}'"
+        for place, token in enumerate(row[1:]):
+            maps = [req.fastmtp_first] * (place < topk) + [allowed] * (place > 0)
+            assert any(token in ids for _, ids in maps), f"draft {token} is outside the map '{maps[-1][0]}'"
 
 
 EntryClass = MiMoMTP

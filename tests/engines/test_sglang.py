@@ -13,6 +13,7 @@ from fastmtp.cli import InputError
 from fastmtp.engines import sglang, vllm
 from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import canonical
+from fastmtp.trees.tree import DynamicTree
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +94,10 @@ TWO_GPUS = r"--token-map with --tp 2.*sgl-project/sglang/issues/4328"
         ("--model-path=other", "--model-path other after --"),
         ("--speculative-num-steps 5", "--speculative-num-steps 5 after --"),
         ("--speculative-token-map ids.json", "ids.json after --.*give --token-map"),
-        ("--speculative-num-draft-tokens 9", "must be 4 for 3 steps"),
-        ("--speculative-eagle-topk 4", "must be 1 for drafts"),
+        ("--speculative-num-draft-tokens 9", "num-draft-tokens 9 after --.*give the tree"),
+        ("--speculative-eagle-topk 4", "eagle-topk 4 after --.*give the tree"),
+        ("--speculative-adaptive", "give --adaptive"),
+        ("--speculative-adaptive-config steps.json", "steps.json after --.*--plan"),
         ("--speculative-algorithm NGRAM", "must be EAGLE"),
         ("--speculative-draft-model other", "the head in the model folder is the draft"),
         ("--speculative-accept-threshold-single 0.5", "must be 1 for drafts"),
@@ -205,3 +208,63 @@ def test_with_fa3_the_draft_keeps_its_cuda_graphs(model):
     assert flag not in command(model, 0, backend="fa3") and flag not in command(model, 3, backend="triton")
     own = command(model, 3, flags=[flag, "fa3"], backend="fa3")
     assert own.count(flag) == 1 and own[own.index(flag) + 1] == "fa3"
+
+
+def served(model, capsys, *options):
+    """The printed command line of `fastmtp serve`."""
+    serve.main(["--model", model, "--dry-run", *options])
+    return capsys.readouterr().out.split()
+
+
+def test_a_tree_gives_topk_steps_and_nodes(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
+    line = served(model, capsys, "--tree", "4,5,16", "--token-map", a_map(tmp_path))
+    assert value(line, "--speculative-eagle-topk") == "4" and value(line, "--speculative-num-steps") == "5"
+    assert value(line, "--speculative-num-draft-tokens") == "16" and "--speculative-token-map" in line
+    flags = ["--speculative-eagle-topk", "4", "--speculative-num-draft-tokens=16"]
+    line = served(model, capsys, "--tree", "4,5,16", "--num-steps", "5", "--", *flags)
+    assert line.count("--speculative-eagle-topk") == 1 and "--speculative-num-draft-tokens=16" in line
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--tree 4,3", "give TOPK,DEPTH,NODES"),
+        ("--tree 2,2,9", "draw 6 drafts, so nodes must be at most 7"),
+        ("--tree 4,3,16 --num-steps 5", "3 drafts deep, not 5"),
+        ("--tree 4,3,16 --no-spec", "--tree with --no-spec"),
+        ("--tree 4,3,16 --adaptive", "--adaptive with a tree"),
+        ("--tree 32,1,30 --token-map {map}", "20 ids are too few for a tree of topk 32"),
+        ("--tree 32,1,30 --token-maps en={map}", "20 ids are too few for a tree of topk 32"),
+        ("--tree 4,3,16 -- --speculative-eagle-topk 2", "eagle-topk 2 after --"),
+        ("--tree 4,3,16 --engine vllm", "a draft tree: vLLM drafts chains"),
+        ("--tree {tree}", "SGLang draws its trees while it runs"),
+        ("--adaptive --no-spec", "--adaptive with --no-spec"),
+        ("--adaptive --num-steps 5", "table has 1, 3 and 7"),
+        ("--adaptive --engine vllm", "--adaptive: vLLM drafts chains"),
+        ("--adaptive -- --enable-dp-attention --dp 2", "--adaptive with --enable-dp-attention"),
+    ],
+)
+def test_trees_and_changing_steps_that_cannot_work(options, message, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
+    (tmp_path / "tree.json").write_text('{"paths": [[0], [1]]}')
+    options = options.format(map=a_map(tmp_path), tree=tmp_path / "tree.json")
+    with pytest.raises(InputError, match=message) as caught:
+        serve.main(["--model", model, "--dry-run", *options.split()])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tree_as_deep_as_it_says(model):
+    tree = DynamicTree(4, 3, 16)
+    assert value(command(model, 3, tree=tree), "--speculative-num-draft-tokens") == "16"
+    with pytest.raises(InputError, match="3 drafts deep, not 2"):
+        command(model, 2, tree=tree)
+
+
+def test_adaptive_steps(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
+    line = served(model, capsys, "--adaptive", "--token-map", a_map(tmp_path))
+    assert "--speculative-adaptive" in line and "--speculative-adaptive-config" not in line
+    assert value(line, "--speculative-eagle-topk") == "1" and "--speculative-token-map" in line
+    line = command(model, 5, adaptive=True, table=str(tmp_path / "steps.json"))
+    assert value(line, "--speculative-adaptive-config") == str(tmp_path / "steps.json")

@@ -12,6 +12,7 @@ from helpers import stand_in
 from helpers.stand_in import StandIn
 from helpers.tiny import chatml_tokenizer
 
+from evaluation.harness import arm_of
 from evaluation.nq_qa import bench_sglang_eagle as nq_qa
 from evaluation.tasks import TASKS
 from fastmtp.cli import InputError
@@ -282,3 +283,12 @@ def test_a_failing_server_is_exit_code_1_and_one_line(folder, tmp_path):
             bench(server, tmp_path)
     assert isinstance(caught.value.code, str) and "the same command continues" in caught.value.code
     assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_an_arm_is_named_for_what_the_server_drafts():
+    drafts = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 5, "speculative_eagle_topk": 1}
+    drafts["speculative_num_draft_tokens"] = 6
+    assert arm_of({"settings": drafts, "token_map": "/maps/en_32k.pt"})[2] == "fastmtp:5+en_32k"
+    tree = drafts | {"speculative_eagle_topk": 4, "speculative_num_draft_tokens": 16}
+    assert arm_of({"settings": tree, "token_map": None}) == (5, None, "fastmtp:5@tree4x16")
+    assert arm_of({"settings": {"speculative_algorithm": None}, "token_map": None}) == (0, None, "baseline")

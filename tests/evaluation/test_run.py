@@ -23,6 +23,7 @@ from fastmtp.engines import sglang
 from fastmtp.reference import model as model_module
 from fastmtp.reference import speculative
 from fastmtp.tokenizer import load_tokenizer
+from fastmtp.trees.tree import DynamicTree
 
 HERE = Path(__file__).parents[1]
 
@@ -97,14 +98,21 @@ def read(path):
 def test_arms(tmp_path):
     path = tmp_path / "en_32k.pt"
     path.write_bytes(b"")
-    arms = parse_arms("vanilla:3,fastmtp:1,fastmtp:3+en32k,baseline", "m", "v", [f"en32k={path}"])
-    assert [(a.name, a.model, a.num_steps, a.token_map) for a in arms] == [
-        ("baseline", "m", 0, None),
-        ("vanilla:3", "v", 3, None),
-        ("fastmtp:1", "m", 1, None),
-        ("fastmtp:3+en32k", "m", 3, str(path)),
+    arms = parse_arms(
+        "vanilla:3,fastmtp:1,fastmtp:3+en32k@tree16,fastmtp:3+en32k,fastmtp:2@tree3x8,baseline",
+        "m",
+        "v",
+        [f"en32k={path}"],
+    )
+    assert [(a.name, a.model, a.num_steps, a.token_map, a.tree) for a in arms] == [
+        ("baseline", "m", 0, None, None),
+        ("vanilla:3", "v", 3, None, None),
+        ("fastmtp:1", "m", 1, None, None),
+        ("fastmtp:3+en32k@tree16", "m", 3, str(path), DynamicTree(4, 3, 16)),
+        ("fastmtp:3+en32k", "m", 3, str(path), None),
+        ("fastmtp:2@tree3x8", "m", 2, None, DynamicTree(3, 2, 8)),
     ]
-    assert arms[3].folder == "fastmtp-3+en32k"
+    assert arms[3].folder == "fastmtp-3+en32k@tree16"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,8 @@ def test_arms(tmp_path):
         ("fastmtp:0", [], "not baseline"),
         ("fastmtp:3+en", [], "needs --token-map en=PATH"),
         ("vanilla:3", [], "needs --vanilla-model"),
+        ("fastmtp:2@tree4x99", [], "draw 20 drafts, so nodes must be at most 21"),
+        ("fastmtp:3@tree", [], "not baseline"),
         ("fastmtp:3,fastmtp:3", [], "named twice"),
         ("", [], "empty"),
         ("fastmtp:3", ["en"], "expected NAME=PATH"),
@@ -193,6 +203,19 @@ def test_servers_at_once_get_ports_and_memory_of_their_own(model, questions, sta
         run.main(arguments(model, questions, out, *more, "--at-once", "0"))
 
 
+def test_a_tree_arm_is_served_and_never_taken_for_another_tree(model, questions, started, tmp_path):
+    out = tmp_path / "out"
+    for nodes, asked in (("8", True), ("8", False), ("16", True)):
+        started.clear()
+        more = ["--arms", f"fastmtp:3@tree{nodes}", "--tasks", "nq_qa", "--port", str(free_port())]
+        run.main(arguments(model, questions, out, *more))
+        assert bool(started) == asked
+        (line,) = read(out / "results.jsonl")
+        tree = {"topk": 4, "depth": 3, "nodes": int(nodes)}
+        assert line["num_steps"] == 3 and line["config"]["fingerprint"]["tree"] == tree
+    assert started[0][started[0].index("--speculative-num-draft-tokens") + 1] == "16"
+
+
 def test_a_server_that_dies_at_start_shows_its_last_lines(model, questions, monkeypatch, tmp_path):
     def dying(*_, **__):
         return [sys.executable, "-c", "print('CUDA out of memory'); raise SystemExit(3)"]
@@ -223,14 +246,14 @@ def fake_decoder(monkeypatch, lossless=True):
     calls = []
 
     def generate(
-        model, prompt_ids, max_new_tokens, num_steps, temperature=0.0, seed=0, token_map=None, eos_ids=None
+        model, prompt_ids, max_new_tokens, drafts, temperature=0.0, seed=0, token_map=None, eos_ids=None
     ):
-        calls.append((model.loaded, num_steps, token_map))
+        calls.append((model.loaded, drafts, token_map))
         ids = [6 + (sum(prompt_ids) + n) % 40 for n in range(min(12, max_new_tokens))]
-        if num_steps and not lossless:
+        if drafts and not lossless:
             ids[7] += 1
-        passes = 4 if num_steps else 0
-        histogram = [sum(n % (num_steps + 1) == j for n in range(passes)) for j in range(num_steps + 1)]
+        passes = 4 if drafts else 0
+        histogram = [sum(n % (drafts + 1) == j for n in range(passes)) for j in range(drafts + 1)]
         return Generation(ids, passes, histogram)
 
     monkeypatch.setattr(

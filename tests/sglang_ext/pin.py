@@ -27,7 +27,8 @@ MENTIONS = {
     "speculative/eagle_worker_v2.py EagleDraftWorker": [
         "set_embed_and_head(embed, head)",
         "self.draft_runner",
-        "self.speculative_num_steps",
+        "self.speculative_num_draft_tokens",
+        "self.topk",
     ],
     "managers/schedule_batch.py Req": ["self.origin_input_ids", "self.output_ids", "self.sampling_params"],
     "sampling/sampling_params.py SamplingParams": ["custom_params"],

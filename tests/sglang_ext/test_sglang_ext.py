@@ -39,7 +39,7 @@ def engine(tp_rank=0, attn_dp_size=1) -> dict[str, types.ModuleType]:
             self.lm_head.weight.data.copy_(dict(weights)["lm_head.weight"])
 
     class EagleDraftWorker:
-        speculative_num_steps = 2
+        speculative_num_draft_tokens, topk = 3, 1
 
         def __init__(self, model):
             self.draft_runner = types.SimpleNamespace(model=model)
@@ -184,6 +184,16 @@ def test_a_draft_outside_its_map_stops_a_checked_server(package):
     worker.first[id(req)] = 25
     with pytest.raises(AssertionError, match="draft 25 is outside the map 'en'"):
         worker.draft(batch(req))
+
+
+def test_in_a_tree_the_roots_children_may_be_of_the_map_before(package):
+    module, _, _ = package()
+    reqs, allowed = [types.SimpleNamespace(fastmtp_first=("en", {1, 2}))], ("zh", {21, 22})
+    for drafts in ([0, 1, 2, 21, 22], [0, 1, 21, 22]):
+        module.check(reqs, allowed, torch.tensor(drafts), topk=2)
+    for drafts, topk in (([0, 21, 2, 22], 2), ([0, 1, 21, 2], 2), ([0, 1, 2], 1)):
+        with pytest.raises(AssertionError, match="outside the map"):
+            module.check(reqs, allowed, torch.tensor(drafts), topk=topk)
 
 
 def test_new_weights_reach_the_active_rows(package):

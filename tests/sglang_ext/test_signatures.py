@@ -15,6 +15,7 @@ import pytest
 from fastmtp import sglang_ext
 from fastmtp.engines import sglang, sglang_flags
 from fastmtp.engines.request import Serving
+from fastmtp.trees.tree import DynamicTree
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -106,8 +107,10 @@ def test_flags_and_aliases(facts, tmp_path):
     config = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "vocab_size": 9}
     (tmp_path / "config.json").write_text(json.dumps(config))
     presets = [*sglang_flags.FLOAT32, *sglang_flags.MEASURED, *sglang_flags.DUMMY, *sglang_flags.streams(1)]
-    line = sglang.command(Serving(str(tmp_path), flags=presets), "fa3")
-    assert not [part for part in line if part.startswith("--") and part not in flags]
+    tree, changing = {"tree": DynamicTree(4, 3, 16)}, {"adaptive": True, "table": "steps.json"}
+    for drafts in ({}, tree, changing):
+        line = sglang.command(Serving(str(tmp_path), flags=presets, **drafts), "fa3")
+        assert not [part for part in line if part.startswith("--") and part not in flags]
     # Every alias of a flag that we look at is known to us, and what we take for an alias is one.
     guarded = {*sglang.GUARDED}
     assert {a: n for a, n in aliases.items() if n in guarded}.items() <= sglang_flags.ALIASES.items()
