@@ -27,6 +27,11 @@ TINY = {
 SHAPES = budget.SHAPES | {"tiny": TINY}
 
 
+def shape_of(name: str) -> dict:
+    """The shape of a name in SHAPES, or of a model folder. Raises InputError."""
+    return SHAPES[name] if name in SHAPES else budget.shape_of(name)
+
+
 def config_json(shape: dict) -> dict:
     """A config.json that SGLang serves with dummy weights, draft included."""
     fixed = {

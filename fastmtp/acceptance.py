@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
-from fastmtp.inputs import shipped
+from fastmtp.inputs import shipped, whole_numbers
 from fastmtp.reference.model import check, head_for, load, put_head
 from fastmtp.reference.teacher_forced import FULL, as_json, measure_at, table
 from fastmtp.tokenizer import load_tokenizer
@@ -79,18 +79,10 @@ def read_maps(args, tokenizer, vocab_size: int) -> tuple[dict[str, Tensor], Draf
     return maps | {UNION: union(vocab.maps)}, vocab
 
 
-def whole_numbers(text: str) -> list[int]:
-    """ "1,3,5" -> [1, 3, 5]. InputError for anything else."""
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise InputError(f"--at {text}: no list of whole numbers such as 1,3,5") from None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "num_steps", "limit")
-    at = sorted({args.num_steps, *whole_numbers(args.at or "")})
+    at = sorted({args.num_steps, *whole_numbers("--at", args.at or "")})
     if at[0] < 1 or at[-1] > args.num_steps:
         raise InputError(f"--at must lie between 1 and --num-steps {args.num_steps}, not {args.at}")
 

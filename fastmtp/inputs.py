@@ -113,3 +113,11 @@ def json_object(line: bytes, place: str) -> dict:
 def read_json(path: str | Path) -> dict:
     """A JSON file that holds one object. Raises InputError naming the file for anything else."""
     return json_object(existing(path).read_bytes(), str(path))
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """ "1,3,5" -> [1, 3, 5]. InputError, naming the option, for anything else."""
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise InputError(f"{option} {text}: no list of whole numbers such as 1,3,5") from None

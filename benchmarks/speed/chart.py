@@ -16,13 +16,14 @@ from fastmtp.show.plots import plt, style
 
 
 def draw(report: dict, path: Path) -> None:
-    """Measured speed-ups, and thin what memory bandwidth allows. No picture if nothing can be compared with
-    plain decoding.
+    """Measured speed-ups of chains at one stream, and thin what memory bandwidth allows. No picture if
+    nothing can be compared with plain decoding.
     """
-    drafting = [p for p in report["points"] if p["num_steps"] and p["speedup"]]
+    alone = [p for p in report["points"] if p["streams"] == 1 and not p["tree"] and not p["adaptive"]]
+    drafting = [p for p in alone if p["num_steps"] and p["speedup"]]
     if not drafting:
         return
-    plain = next(point for point in report["points"] if point["num_steps"] == 0)
+    plain = next(point for point in alone if point["num_steps"] == 0)
     figure, axes = plt.subplots(figsize=(6.8, 4.4))
     for number, (variant, name) in enumerate(dict.fromkeys((p["variant"], p["map"]) for p in drafting)):
         rows = [p for p in drafting if (p["variant"], p["map"]) == (variant, name)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastmtp.engines import sglang
 from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import DUMMY, MEASURED, canonical, merged, streams, without
 from fastmtp.files import atomic
+from fastmtp.trees.tree import DynamicTree
 from fastmtp.vocab.draft_vocab import DraftVocab
 from fastmtp.vocab.script_table import ScriptTable
 from fastmtp.vocab.token_map import parse_size
@@ -77,8 +78,8 @@ def parse_variants(items: list[str]) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement. num_steps 0: plain decoding; head_rows: draft vocabulary; tau: simulated accept
-    length.
+    """One server. num_steps 0: plain decoding; head_rows: draft vocabulary; tau: simulated accept length;
+    tree: instead of a chain; adaptive: SGLang changes the number of steps while it runs.
     """
 
     num_steps: int
@@ -87,10 +88,14 @@ class Point:
     tau: float
     variant: Variant = Variant()
     repeat: bool = False
+    tree: DynamicTree | None = None
+    adaptive: bool = False
 
     @property
     def name(self) -> str:
         what = f"k{self.num_steps}-{self.map_name or 'full'}" if self.num_steps else "baseline"
+        what += f"@tree{self.tree.topk}x{self.tree.nodes}" if self.tree else ""
+        what += "@adaptive" if self.adaptive else ""
         return (
             (f"{self.variant.name}." if self.variant.name else "") + what + ("-repeat" if self.repeat else "")
         )
@@ -105,10 +110,14 @@ class Point:
     def settings(self) -> dict:
         """What this point's measurement depends on, besides what is the same for a whole run."""
         own = {"num_steps": self.num_steps, "head_rows": self.head_rows, "accept length": f"{self.tau:.9f}"}
+        own |= {"tree": asdict(self.tree)} if self.tree else {}
+        own |= {"adaptive": True} if self.adaptive else {}
         return own | {"variant flags": list(self.variant.flags), "variant environment": self.environment()}
 
     def environment(self) -> dict[str, str]:
-        """What makes SGLang accept `tau` tokens a pass on average, with real draft tokens in the output."""
+        """What makes SGLang accept `tau` tokens per pass on average. A chain's drafts
+        then are the output; for trees SGLang can only put one token in their place.
+        """
         kept = {
             k: v for k, v in self.variant.environment.items() if k != sglang.EXTERNAL_PACKAGE or self.extended
         }
@@ -117,7 +126,7 @@ class Point:
         return kept | {
             "SGLANG_SIMULATE_ACC_LEN": f"{self.tau:.4f}",
             "SGLANG_SIMULATE_ACC_METHOD": "match-expected",
-            "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
+            "SGLANG_SIMULATE_ACC_TOKEN_MODE": "fixed" if self.tree else "real-draft-token",
         }
 
 
@@ -134,13 +143,7 @@ def points(
         raise InputError(f"--steps {steps}: expected whole numbers such as 1,2,3") from None
     if min(step_counts) < 1:
         raise InputError(f"--steps {steps}: plain decoding is measured anyway; give numbers from 1")
-    sizes = []
-    for name in maps.split(","):
-        map_name = None if name == "full" else name
-        rows = shape["vocab_size"] if map_name is None else parse_size(re.sub(r"^[A-Za-z_]+", "", name))
-        if rows > shape["vocab_size"]:
-            raise InputError(f"--maps {name}: larger than the vocabulary of {shape['vocab_size']}")
-        sizes.append((map_name, rows))
+    sizes = [(None if name == "full" else name, head_rows(shape, name)) for name in maps.split(",")]
     result = []
     for variant in variants:
         plain = [] if variant.base else [Point(0, None, shape["vocab_size"], 1.0, variant)]
@@ -150,6 +153,66 @@ def points(
         ]
         result += [replace(point, repeat=True) for point in plain if repeat]
     return result
+
+
+def head_rows(shape: dict, name: str) -> int:
+    """Rows of a draft vocabulary by its name: `full`, `32k` or `en_32k`. Raises InputError."""
+    if name == "full":
+        return shape["vocab_size"]
+    rows = parse_size(re.sub(r"^[A-Za-z_]+", "", name))
+    if rows > shape["vocab_size"]:
+        raise InputError(f"map {name}: larger than the vocabulary of {shape['vocab_size']}")
+    return rows
+
+
+LISTED = re.compile(
+    r"(?:(?P<variant>\w[\w-]*)\.)?"
+    r"(?:plain|(?P<steps>[1-9]\d?)(?:\+(?P<map>\w[\w-]*))?"
+    r"(?:@tree(?P<topk>\d+)x(?P<nodes>\d+)|(?P<adaptive>@adaptive))?)"
+)
+
+
+def listed(
+    shape: dict, names: str, rates: shapes.Rates, variants: list[Variant], gains: dict[DynamicTree, float]
+) -> list[Point]:
+    """`plain,3+32k,fa3.3+32k@tree4x16,3+32k@adaptive`: these points alone, each under the variant before its
+    dot.
+
+    gains: what a tree accepts of what the chain of its depth accepts. Raises InputError for what cannot be.
+    """
+    by_name = {variant.name: variant for variant in [*variants, Variant()]}
+    result = []
+    for name in names.split(","):
+        match = LISTED.fullmatch(name.strip())
+        if not match or (match["variant"] or "") not in by_name:
+            raise InputError(
+                f"--points {name}: expected [VARIANT.]plain or [VARIANT.]K[+MAP][@treeTOPKxNODES|@adaptive], "
+                "each VARIANT with a --variant"
+            )
+        steps, map_name = int(match["steps"] or 0), match["map"]
+        rows = head_rows(shape, map_name or "full")
+        try:
+            tree = DynamicTree(int(match["topk"]), steps, int(match["nodes"])) if match["nodes"] else None
+        except ValueError as error:
+            raise InputError(f"--points {name}: {error}") from None
+        tau = rates.tau(steps, map_name) * gains.get(tree, 1.0) if steps else 1.0
+        variant = by_name[match["variant"] or ""]
+        result.append(Point(steps, map_name, rows, tau, variant, tree=tree, adaptive=bool(match["adaptive"])))
+    if twice := [point.name for n, point in enumerate(result) if point in result[:n]]:
+        raise InputError(f"--points: {twice[0]} is named twice")
+    return result
+
+
+def parse_gains(items: list[str]) -> dict[DynamicTree, float]:
+    """`TOPK,DEPTH,NODES=RATIO` each. Raises InputError for another form."""
+    gains = {}
+    for item in items:
+        text, _, ratio = item.partition("=")
+        try:
+            gains[DynamicTree(*map(int, text.split(",")))] = float(ratio)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--tree-gain {item}: expected TOPK,DEPTH,NODES=RATIO ({error})") from None
+    return gains
 
 
 def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str]:
@@ -162,7 +225,15 @@ def command(point: Point, folder: Path, port: int, flags: list[str]) -> list[str
             torch.save(torch.arange(point.head_rows, dtype=torch.int64), temporary)
     own = list(point.variant.flags) if point.num_steps else point.variant.plain_flags()
     flags = merged([*DUMMY, *MEASURED, *streams(1)], merged(own, flags))
-    serving = Serving(str(folder), point.num_steps, token_map and str(token_map), port=port, flags=flags)
+    serving = Serving(
+        str(folder),
+        point.num_steps,
+        token_map and str(token_map),
+        tree=point.tree,
+        adaptive=point.adaptive,
+        port=port,
+        flags=flags,
+    )
     return sglang.command(serving)
 
 

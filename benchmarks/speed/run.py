@@ -1,28 +1,25 @@
-"""Speed at a shape whose weights are not available: dummy weights, SGLang's simulated accept length, one
-stream.
+"""Speed at a shape whose weights are not available: dummy weights and SGLang's simulated accept length.
 
     python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3 --maps full,32k --rates paper \\
         --out results/speed_7b
+    python -m benchmarks.speed.run --points plain,3+32k,3+32k@tree4x16 --streams 1,8,32 --out results/trees
 
 Drafting, verification and the draft's extension run as they would; only how many drafts count as accepted is
 drawn so that its mean is the accept length of `--rates`. So time a cycle is measured and accept length
 assumed. A server is started for every point (SGLang reads the simulated length once); finished points are not
 measured again. `--at-once N` starts N servers side by side and still asks one after the other; `--variant`
-compares engine flags, each variant against plain decoding under the same flags.
+compares engine flags, each variant against plain decoding under the same flags. `--streams` asks each server
+with so many requests at once. costs.json holds what a cycle costs, for fastmtp.plan.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gzip
 import importlib.util
 import json
 import os
-import random
-import statistics
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,95 +28,17 @@ from tqdm import tqdm
 from benchmarks import shapes
 from benchmarks.gpu import copy_bandwidth
 from benchmarks.speed import trace
-from benchmarks.speed.points import Point, command, parse_variants, points, vocabulary
-from benchmarks.speed.table import markdown, with_speedups
-from evaluation.backends import BackendError, Server, Turn
-from fastmtp.budget.shapes import cycle_bytes
+from benchmarks.speed.measure import measure, profile, record, row_name
+from benchmarks.speed.points import Point, command, listed, parse_gains, parse_variants, points, vocabulary
+from benchmarks.speed.table import costs, markdown, with_speedups
+from evaluation.backends import BackendError
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
-from fastmtp.engines.sglang_flags import split_flags
+from fastmtp.engines.sglang_flags import merged, split_flags
 from fastmtp.files import atomic, claim, write_json, write_provenance
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
-from fastmtp.inputs import read_jsonl
-
-PROFILED_CYCLES = 40
-PROFILED_TOKENS = 512  # of the traced answer: more than 0.3 s and the traced cycles take at any K
-
-
-async def measure(
-    url: str, point: Point, requests: int, prompt_tokens: int, tokens: int, timeout: float
-) -> list[Turn]:
-    """`requests` answers of exactly `tokens` tokens, one after the other, after two short ones as warm-up."""
-    draw = random.Random(0)
-    async with Server(url, timeout) as server:
-        for _ in range(2):
-            await server.ask([draw.randrange(1000, 30000) for _ in range(prompt_tokens)], 64, ignore_eos=True)
-        turns = []
-        for _ in range(requests):
-            prompt = [draw.randrange(1000, 30000) for _ in range(prompt_tokens)]
-            turns.append(await server.ask(prompt, tokens, ignore_eos=True))
-    for turn in turns:
-        if len(turn.output_ids) != tokens:
-            raise BackendError(f"{point.name}: {len(turn.output_ids)} tokens came instead of {tokens}")
-        if (turn.verify_passes is None) != (point.num_steps == 0):
-            raise BackendError(
-                f"{point.name}: the server {'does not draft' if point.num_steps else 'drafts'}; see its log"
-            )
-    return turns
-
-
-async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) -> dict:
-    """Trace PROFILED_CYCLES cycles of one request; the summary of benchmarks.speed.trace."""
-    folder.mkdir(parents=True, exist_ok=True)
-    before = set(folder.glob("*.trace.json.gz"))
-    async with Server(url, timeout) as server:
-        # GPU activity alone: recording the host's calls too would slow the very host whose gaps are looked
-        # for.
-        request = {"output_dir": str(folder.resolve()), "num_steps": PROFILED_CYCLES, "activities": ["GPU"]}
-        prompt = list(range(1000, 1000 + prompt_tokens))
-        answer = asyncio.ensure_future(server.ask(prompt, PROFILED_TOKENS, ignore_eos=True))
-        await asyncio.sleep(0.3)  # past the prefill: only whole decoding cycles are wanted
-        await server.post("/start_profile", request | {"with_stack": False, "record_shapes": False})
-        await answer
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        await asyncio.sleep(0.5)
-        for path in set(folder.glob("*.trace.json.gz")) - before:
-            with contextlib.suppress(EOFError, gzip.BadGzipFile, json.JSONDecodeError):  # still being written
-                return trace.summarise(trace.read_events(path))
-    raise BackendError(f"{folder}: no trace appeared within 120 s; see the server's log")
-
-
-def record(point: Point, turns: list[Turn], shape: dict, prompt_tokens: int, bandwidth: float) -> dict:
-    """One measured point: tokens/s and ms per cycle without prefill, and the share of the bandwidth bound.
-
-    bandwidth: bytes/s. The bound takes the same accept length; only the time of a cycle is compared.
-    """
-    tokens = sum(len(t.output_ids) - t.first_tokens for t in turns)
-    seconds = sum(t.latency_s - t.first_s for t in turns)
-    cycles = tokens if not point.num_steps else sum(t.verify_passes for t in turns)
-    context = prompt_tokens + len(turns[0].output_ids) // 2
-    read = cycle_bytes(shape, point.num_steps, point.head_rows, context)
-    speeds = [(len(t.output_ids) - t.first_tokens) / (t.latency_s - t.first_s) for t in turns]
-    return {
-        "name": point.name,
-        "variant": point.variant.name,
-        "base": point.variant.base or point.variant.name,
-        "variant_flags": list(point.variant.flags),
-        "repeat": point.repeat,
-        "num_steps": point.num_steps,
-        "map": point.map_name,
-        "head_rows": point.head_rows,
-        "tau_asked": point.tau,
-        "tau": tokens / cycles,
-        "tokens_per_s": tokens / seconds,
-        "spread": statistics.stdev(speeds) if len(speeds) > 1 else None,
-        "ms_per_cycle": 1000 * seconds / cycles,
-        "bytes_per_cycle": read,
-        "bound_ms": 1000 * read / bandwidth,
-        "bound_share": read / bandwidth / (seconds / cycles),
-    }
+from fastmtp.inputs import read_jsonl, whole_numbers
 
 
 def parser() -> Parser:
@@ -130,7 +49,11 @@ def parser() -> Parser:
         "python -m benchmarks.speed.run --shape mimo-7b --steps 1,2,3,4,5,6,7 --maps full,8k,16k,32k,64k"
         " --out results/speed_7b",
     )
-    p.add_argument("--shape", choices=sorted(shapes.SHAPES), default="mimo-7b")
+    p.add_argument(
+        "--shape",
+        default="mimo-7b",
+        help=f"a model folder, or one of {', '.join(shapes.SHAPES)} (default mimo-7b)",
+    )
     p.add_argument("--steps", default="1,2,3,4,5,6,7", help="draft steps K (default %(default)s)")
     p.add_argument(
         "--maps",
@@ -142,6 +65,22 @@ def parser() -> Parser:
         default="paper",
         metavar="paper|FILE",
         help="acceptance by position: the paper's or a results.jsonl",
+    )
+    p.add_argument(
+        "--points",
+        metavar="LIST",
+        help="just these, instead of --steps and --maps: [VARIANT.]plain, [VARIANT.]K[+MAP], with "
+        "@treeTOPKxNODES or @adaptive",
+    )
+    p.add_argument(
+        "--tree-gain",
+        action="append",
+        default=[],
+        metavar="TOPK,DEPTH,NODES=RATIO",
+        help="what this tree accepts of what its chain accepts, measured on a real head (default 1)",
+    )
+    p.add_argument(
+        "--streams", default="1", help="requests at once, each number in turn, such as 1,8,32 (default 1)"
     )
     p.add_argument(
         "--variant",
@@ -157,7 +96,7 @@ def parser() -> Parser:
     p.add_argument(
         "--at-once", type=int, default=1, help="servers started side by side (default %(default)s)"
     )
-    p.add_argument("--requests", type=int, default=5, help="answers per point (default %(default)s)")
+    p.add_argument("--requests", type=int, default=5, help="answers at one stream (default %(default)s)")
     p.add_argument("--tokens", type=int, default=512, help="tokens per answer (default %(default)s)")
     p.add_argument("--prompt-tokens", type=int, default=64)
     p.add_argument(
@@ -176,9 +115,17 @@ def main(argv: list[str] | None = None) -> None:
     at_least(args, 2, "requests", "tokens", "prompt_tokens")
     at_least(args, 1, "at_once")
     check_port(args.port, args.at_once)
-    shape = shapes.SHAPES[args.shape]
+    shape = shapes.shape_of(args.shape)
     rates = shapes.read_rates(args.rates)
-    todo = points(shape, args.steps, args.maps, rates, parse_variants(args.variant), args.repeat_baseline)
+    variants, gains = parse_variants(args.variant), parse_gains(args.tree_gain)
+    if args.points:
+        todo = listed(shape, args.points, rates, variants, gains)
+    else:
+        todo = points(shape, args.steps, args.maps, rates, variants, args.repeat_baseline)
+    args.streams = whole_numbers("--streams", args.streams)
+    if not args.streams or min(args.streams) < 1:
+        raise InputError("--streams: give numbers from 1, such as 1,8,32")
+    flags = merged(load(args), flags)
     version = sglang.sglang_version()
     if not torch.cuda.is_available():
         raise InputError("no GPU here; the speed model measures SGLang on one")
@@ -191,13 +138,15 @@ def main(argv: list[str] | None = None) -> None:
     facts["assumed"] = sorted({p.map_name for p in todo if p.map_name} - rates.by_map.keys())
     run_wide = depends(args, shape, flags, version)
     done = kept(out / "points.jsonl", run_wide)
-    missing = [p for p in todo if not same_point(done.get(p.name), p)]
+    missing = [p for p in todo if not all(same_point(done.get(row_name(p, n)), p) for n in args.streams)]
     print(f"{out}: {len(missing)} points to measure, {len(todo) - len(missing)} kept", file=sys.stderr)
     failed = measure_all(missing, done, run_wide, args, flags, out)
-    rows = [done[point.name] for point in todo if point.name in done and point.name not in failed]
+    names = [row_name(point, n) for n in args.streams for point in todo if point.name not in failed]
+    rows = [done[name] for name in names if name in done]
     if rows:
         report = facts | {"points": with_speedups(rows)}
         write_json(out / "speed.json", report)
+        costs(rows, shape, facts).save(out / "costs.json")
         table = markdown(report)
         with atomic(out / "speed.md") as temporary:
             temporary.write_text(table, encoding="utf-8")
@@ -223,9 +172,20 @@ def draw_chart(report: dict, out: Path) -> None:
     draw(report, out / "speed.png")
 
 
+def load(args) -> list[str]:
+    """SGLang's flags for several streams: CUDA graphs for just these numbers, and room for their answers."""
+    if args.streams == [1]:
+        return []
+    most = max(args.streams)
+    room = most * (args.prompt_tokens + args.tokens + 256)
+    sizes = ["--max-running-requests", str(most), "--cuda-graph-max-bs-decode", str(most)]
+    sizes += ["--cuda-graph-bs-decode", *map(str, args.streams)]
+    return [*sizes, "--max-total-tokens", str(max(4096, room))]
+
+
 def depends(args, shape: dict, flags: list[str], version: str) -> dict:
     """What all points of a run depend on; each has settings of its own besides (`Point.settings`)."""
-    settings = {name: getattr(args, name) for name in ("requests", "tokens", "prompt_tokens")}
+    settings = {name: getattr(args, name) for name in ("requests", "tokens", "prompt_tokens", "streams")}
     settings |= {"shape": shape, "flags": flags, "gpu": gpu_name(), "sglang": version}
     settings["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith("SGLANG_")}
     return fingerprint({}, settings)
@@ -266,21 +226,13 @@ def measure_all(
                     try:
                         if outcome is not None:
                             raise outcome
-                        row = measure_point(server.url, point, args, bandwidth, out)
+                        for row in measure_point(server.url, point, args, bandwidth, out):
+                            fixed = {"fingerprint": run_wide, "point": fingerprint({}, point.settings())}
+                            done[row["name"]] = row | fixed | {"command": server.argv}
+                            keep(done, out)
                     except (BackendError, process.ServerError) as error:
                         failed[point.name] = str(error)
                         tqdm.write(f"{point.name}: {error}", file=sys.stderr)
-                        continue
-                    done[point.name] = row | {
-                        "fingerprint": run_wide,
-                        "point": fingerprint({}, point.settings()),
-                        "command": server.argv,
-                    }
-                    with atomic(out / "points.jsonl") as temporary:
-                        lines = "".join(json.dumps(r) + "\n" for r in done.values())
-                        temporary.write_text(lines, encoding="utf-8")
-                    speed = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms per cycle"
-                    tqdm.write(f"{point.name}: {speed}", file=sys.stderr)
     return failed
 
 
@@ -292,21 +244,36 @@ def start(point: Point, args, port: int, flags: list[str], out: Path) -> process
     return process.Server(line, port, log, args.wait, environment, stop_patience=2.0)
 
 
-def measure_point(url: str, point: Point, args, bandwidth: float, out: Path) -> dict:
-    """Ask one server, and trace it if asked to."""
-    shape = shapes.SHAPES[args.shape]
-    turns = asyncio.run(measure(url, point, args.requests, args.prompt_tokens, args.tokens, args.timeout))
-    row = record(point, turns, shape, args.prompt_tokens, bandwidth) | {"copy_bandwidth": bandwidth}
-    if args.profile:
-        try:
-            found = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
-        except (BackendError, ValueError) as error:  # the measurement itself is good
-            tqdm.write(f"{point.name}: no profile: {error}", file=sys.stderr)
-            return row
-        row["profile"] = found
-        text = trace.text(found) + f"measured without the profiler: {row['ms_per_cycle']:.3f} ms per cycle\n"
-        (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
-    return row
+def keep(done: dict[str, dict], out: Path) -> None:
+    """Write all rows to OUT/points.jsonl."""
+    with atomic(out / "points.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in done.values()), encoding="utf-8")
+
+
+def measure_point(url: str, point: Point, args, bandwidth: float, out: Path) -> Iterator[dict]:
+    """Ask one server with each number of streams, and trace it if asked to: a row for each."""
+    shape = shapes.shape_of(args.shape)
+    for streams in args.streams:
+        rounds = args.requests if streams == 1 else 2
+        asked = measure(url, point, rounds, args.prompt_tokens, args.tokens, args.timeout, streams)
+        row = record(point, asyncio.run(asked), shape, args.prompt_tokens, bandwidth, streams)
+        speed = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms per cycle"
+        tqdm.write(f"{row['name']}: {speed}", file=sys.stderr)
+        if args.profile and streams == 1:
+            row |= traced(url, point, args, row["ms_per_cycle"], out)
+        yield row | {"copy_bandwidth": bandwidth}
+
+
+def traced(url: str, point: Point, args, ms_per_cycle: float, out: Path) -> dict:
+    """The profile of one point, also as text; nothing if there is none, because the measurement is good."""
+    try:
+        summary = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+    except (BackendError, ValueError) as error:
+        tqdm.write(f"{point.name}: no profile: {error}", file=sys.stderr)
+        return {}
+    text = trace.text(summary) + f"measured without the profiler: {ms_per_cycle:.3f} ms per cycle\n"
+    (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
+    return {"profile": summary}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ import torch
 from helpers.stand_in import TRACE, StandIn, free_port
 
 from benchmarks import shapes
+from benchmarks.speed import measure, table, trace
 from benchmarks.speed import run as speed_model
-from benchmarks.speed import table, trace
-from benchmarks.speed.points import Point, Variant, command, parse_variants, points, vocabulary
+from benchmarks.speed.points import (
+    Point,
+)
 from evaluation.backends import BackendError, Turn
 from fastmtp.budget import shapes as budget
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
+from fastmtp.planning.costs import Drafts, read_costs
 
 MIMO = shapes.SHAPES["mimo-7b"]
 
@@ -76,46 +79,6 @@ def test_measured_rates_come_from_the_longest_arms_pooled_by_passes(tmp_path):
         shapes.read_rates(str(path))
 
 
-def test_points():
-    found = points(MIMO, "1,3", "full,32k", shapes.PAPER, [Variant()])
-    assert [p.name for p in found] == ["baseline", "k1-full", "k3-full", "k1-32k", "k3-32k"]
-    assert found[4].head_rows == 32768 and found[4].tau == pytest.approx(2.66)
-    assert points(MIMO, "1", "en_8k", shapes.PAPER, [Variant()])[1].head_rows == 8192
-    assert found[0].environment() == {}
-    assert found[4].environment() == {
-        "SGLANG_SIMULATE_ACC_LEN": "2.6600",
-        "SGLANG_SIMULATE_ACC_METHOD": "match-expected",
-        "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
-    }
-    for steps, maps, message in (
-        ("0", "full", "from 1"),
-        ("x", "full", "whole numbers"),
-        ("1", "999k", "larger than the vocab"),
-    ):
-        with pytest.raises(InputError, match=message):
-            points(MIMO, steps, maps, shapes.PAPER, [Variant()])
-
-
-def test_the_command_line_of_a_point(tmp_path, monkeypatch):
-    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
-    folder = tmp_path / "model"
-    shapes.write_folder(MIMO, folder)
-    line = command(Point(3, "8k", 8192, 2.66), folder, 31000, ["--attention-backend", "fa3"])
-    for flag, value in (
-        ("--load-format", "dummy"),
-        ("--attention-backend", "fa3"),
-        ("--speculative-num-steps", "3"),
-        ("--cuda-graph-max-bs-decode", "1"),
-        ("--port", "31000"),
-    ):
-        assert line[line.index(flag) + 1] == value and line.count(flag) == 1
-    assert "--skip-tokenizer-init" in line
-    ids = torch.load(line[line.index("--speculative-token-map") + 1], weights_only=True)
-    assert ids.dtype == torch.int64 and len(ids) == 8192
-    plain = command(Point(0, None, 151680, 1.0), folder, 31000, [])
-    assert not [part for part in plain if "speculative" in part]
-
-
 def turn(tokens, passes, latency, first=0.5):
     return Turn(list(range(tokens)), "", 64, passes, [], 1, first, latency, 0.0, "length")
 
@@ -123,14 +86,14 @@ def turn(tokens, passes, latency, first=0.5):
 def test_the_arithmetic_of_a_point():
     turns = [turn(513, 192, 2.0), turn(513, 192, 2.0)]
     bandwidth = 4e12
-    row = speed_model.record(Point(3, "32k", 32768, 2.66), turns, MIMO, 64, bandwidth)
+    row = measure.record(Point(3, "32k", 32768, 2.66), turns, MIMO, 64, bandwidth)
     assert row["tokens_per_s"] == pytest.approx(512 / 1.5)
     assert row["tau"] == pytest.approx(512 / 192)
     assert row["ms_per_cycle"] == pytest.approx(1500 / 192)
     read = budget.cycle_bytes(MIMO, 3, 32768, 64 + 256)
     assert row["bound_ms"] == pytest.approx(1000 * read / bandwidth)
     assert row["bound_share"] == pytest.approx(row["bound_ms"] / row["ms_per_cycle"])
-    plain = speed_model.record(Point(0, None, 151680, 1.0), [turn(513, None, 3.5)], MIMO, 64, bandwidth)
+    plain = measure.record(Point(0, None, 151680, 1.0), [turn(513, None, 3.5)], MIMO, 64, bandwidth)
     assert (
         plain["ms_per_cycle"] == pytest.approx(3000 / 512) and plain["tau"] == 1.0 and plain["spread"] is None
     )
@@ -143,6 +106,10 @@ def test_the_arithmetic_of_a_point():
     assert lone["speedup"] is None, "another variant's plain decoding is no measure"
     slow = plain | {"repeat": True, "tokens_per_s": 1.0, "copy_bandwidth": 4e12}
     assert table.with_speedups([both[0], slow])[0]["speedup"] == 1.0
+    eight = measure.record(Point(3, "32k", 32768, 2.66), turns, MIMO, 64, bandwidth, 8)
+    assert eight["name"] == "k3-32k x8" and eight["tokens_per_s"] == pytest.approx(8 * 512 / 1.5)
+    assert eight["ms_per_cycle"] == row["ms_per_cycle"] and eight["bound_ms"] > row["bound_ms"]
+    assert table.with_speedups([both[0], eight])[1]["speedup"] is None, "eight streams against one"
     report = {
         "gpu": "G",
         "sglang": "0",
@@ -157,10 +124,10 @@ def test_the_arithmetic_of_a_point():
 
 def test_measuring_and_profiling_over_http(tmp_path):
     with StandIn(num_steps=3) as server:
-        turns = asyncio.run(speed_model.measure(server.url, Point(3, None, 151680, 2.7), 3, 16, 40, 10.0))
-        found = asyncio.run(speed_model.profile(server.url, tmp_path / "traces", 16, 10.0))
+        turns = asyncio.run(measure.measure(server.url, Point(3, None, 151680, 2.7), 3, 16, 40, 10.0))
+        found = asyncio.run(measure.profile(server.url, tmp_path / "traces", 16, 10.0))
         with pytest.raises(BackendError, match="k0|baseline: the server drafts"):
-            asyncio.run(speed_model.measure(server.url, Point(0, None, 151680, 1.0), 1, 16, 40, 10.0))
+            asyncio.run(measure.measure(server.url, Point(0, None, 151680, 1.0), 1, 16, 40, 10.0))
     assert [len(t.output_ids) for t in turns] == [40, 40, 40]
     assert all(body["sampling_params"]["ignore_eos"] for body in server.bodies)
     assert len({tuple(body["input_ids"]) for body in server.bodies[:5]}) == 5, (
@@ -168,7 +135,7 @@ def test_measuring_and_profiling_over_http(tmp_path):
     )
     assert found["cycles"] == 2
     asked = [b["sampling_params"]["max_new_tokens"] for b in server.bodies]
-    assert asked[5] == speed_model.PROFILED_TOKENS
+    assert asked[5] == measure.PROFILED_TOKENS
 
 
 def test_a_trace_is_split_into_the_stages_of_a_cycle():
@@ -203,40 +170,6 @@ def test_plain_decoding_and_cycles_of_two_graphs_are_named_for_what_they_are():
     }  # fmt: skip
     two = [e for e in TRACE if e.get("args", {}).get("correlation", 0) % 10 in (0, 3)]
     assert "draft or draft-extend" in {name for name, _, _ in trace.summarise(two)["stages"]}
-
-
-def test_variants():
-    first, second = parse_variants(
-        [
-            "fa3=--attention-backend fa3 --speculative-draft-attention-backend triton",
-            "lt=A=1 B='x y' --cuda-graph-max-bs=2",
-        ]
-    )
-    assert first.flags[-1] == "triton" and first.plain_flags() == ["--attention-backend", "fa3"]
-    assert second.environment == {"A": "1", "B": "x y"} and second.flags == ("--cuda-graph-max-bs-decode=2",)
-    assert parse_variants(["stock="]) == [Variant("stock")]
-    found = points(MIMO, "3", "32k", shapes.PAPER, [first, second], repeat=True)
-    assert [p.name for p in found] == [
-        "fa3.baseline", "fa3.k3-32k", "fa3.baseline-repeat", "lt.baseline", "lt.k3-32k", "lt.baseline-repeat"
-    ]  # fmt: skip
-    assert found[3].environment() == {"A": "1", "B": "x y"}
-    assert (
-        found[4].environment()["SGLANG_SIMULATE_ACC_LEN"] == "2.6600" and found[4].environment()["A"] == "1"
-    )
-    for item, message in (
-        ("--attention-backend fa3", "expected NAME=FLAGS"),
-        ("x=fa3 --attention-backend", "only VARIABLE=VALUE"),
-    ):
-        with pytest.raises(InputError, match=message):
-            parse_variants([item])
-    both = [*parse_variants(["a=", "b:a=X=1"])]
-    assert [p.name for p in points(MIMO, "3", "full", shapes.PAPER, both, True)] == [
-        "a.baseline", "a.k3-full", "a.baseline-repeat", "b.k3-full"
-    ]  # fmt: skip
-    with pytest.raises(InputError, match="no variant b with plain decoding of its own"):
-        parse_variants(["a=", "c:b="])
-    with pytest.raises(InputError, match="named twice"):
-        parse_variants(["a=", "a="])
 
 
 @pytest.fixture
@@ -294,6 +227,39 @@ def test_the_whole_command_with_stand_ins_resumes(tmp_path, started, capsys):
     started.clear()
     speed_model.main(arguments(tmp_path, "--steps", "1,2"))
     assert not started and "0 points to measure, 3 kept" in capsys.readouterr().err
+
+
+def test_streams_on_one_server_and_the_table_of_costs(tmp_path, started):
+    more = ["--points", "plain,2,2@tree2x4,2@adaptive", "--streams", "1,3", "--variant", "slow=--x"]
+    speed_model.main(arguments(tmp_path, *more))
+    assert started == ["baseline", "k2-full", "k2-full@tree2x4", "k2-full@adaptive"]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "speed.json").read_text())["points"]}
+    assert [*rows][4:] == [f"{name} x3" for name in started] and len(rows) == 8
+    assert rows["k2-full x3"]["speedup"] and rows["k2-full x3"]["streams"] == 3
+    costs = read_costs(tmp_path / "costs.json")
+    (cycles,) = costs.costs.values()
+    rows_of_head = shapes.SHAPES["tiny"]["vocab_size"]
+    assert cycles[Drafts(2, 2, 4, rows_of_head), 3] == rows["k2-full@tree2x4 x3"]["ms_per_cycle"]
+    assert {(d.num_steps, d.nodes, n) for d, n in cycles} == {
+        (0, 1, 1), (0, 1, 3), (2, 3, 1), (2, 3, 3), (2, 4, 1), (2, 4, 3)
+    }  # fmt: skip
+    started.clear()
+    speed_model.main(arguments(tmp_path, *more))
+    assert not started
+    with pytest.raises(InputError, match="streams: "):
+        speed_model.main(arguments(tmp_path, *more, "--streams", "1,4"))
+    with pytest.raises(InputError, match="--streams: give numbers from 1"):
+        speed_model.main(arguments(tmp_path, *more, "--streams", "0"))
+
+
+def test_room_and_graphs_for_the_streams():
+    args = speed_model.parser().parse_args(["--out", "x"])
+    args.streams = [1]
+    assert speed_model.load(args) == []
+    args.streams = [1, 8, 32]
+    flags = speed_model.load(args)
+    assert flags[flags.index("--cuda-graph-bs-decode") :][:4] == ["--cuda-graph-bs-decode", "1", "8", "32"]
+    assert int(flags[-1]) == 32 * (64 + 512 + 256)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "flags", "shape", "gpu", "sglang", "environment"])
@@ -356,19 +322,3 @@ def test_several_servers_at_once_and_one_that_dies(tmp_path, started, capsys):
     with pytest.raises(SystemExit):
         speed_model.main(arguments(tmp_path, *more))
     assert started == ["b.k1-full", "b.k2-full"], "what was measured stays"
-
-
-def test_a_map_through_our_own_draft_model_is_not_given_to_sglang_as_well(tmp_path, monkeypatch):
-    from fastmtp.vocab.draft_vocab import DraftVocab
-
-    monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
-    folder = tmp_path / "model"
-    shapes.write_folder(shapes.SHAPES["tiny"], folder)
-    variants = parse_variants(["own=SGLANG_EXTERNAL_MODEL_PACKAGE=fastmtp.sglang_ext"])
-    plain, full, mapped = points(shapes.SHAPES["tiny"], "3", "full,8k", shapes.PAPER, variants)
-    assert not any("SGLANG_EXTERNAL_MODEL_PACKAGE" in p.environment() for p in (plain, full))
-    assert "--speculative-token-map" not in command(mapped, folder, 31000, [])
-    environment = vocabulary(mapped, folder)
-    assert environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] == "fastmtp.sglang_ext"
-    vocab = DraftVocab.load(environment["FASTMTP_DRAFT_VOCAB"])
-    assert len(vocab.maps[vocab.follow([1, 2, 3]).look([5] * 40)]) == 8192
