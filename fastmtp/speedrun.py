@@ -214,7 +214,7 @@ def perform_all(plan: plans.Plan, last: str | None) -> bool:
         name = stage.name
         stages.perform(
             stage,
-            stages.facts_of(stage, plans.settings_of(stage)),
+            stages.facts_of(stage, plans.settings_of(plan, stage)),
             log,
             record,
             lambda stage: in_process(stage, plan.out / "logs" / f"{stage.name}.log"),

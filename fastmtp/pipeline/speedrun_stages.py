@@ -23,7 +23,7 @@ MAP_SIZES = (32768, 16384)
 DRAFT_STEPS = 5  # arms fastmtp:1 to fastmtp:5, or to the recipe's K
 IN_FLIGHT = 2048  # chats per GPU that distilling keeps under way
 FIT_SAMPLES = 600
-SAME_INPUTS = "all with the same inputs"
+OF_OTHER_ARMS = "all of another command"
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def evaluate(plan: Plan, start: str) -> Stage:
     text += f" {words(repeat_questions=0)}" * plan.smoke + f" {words(out=out)}"
     how = after_dashes(plan.flags) if plan.gpus else ""
     reads = (model, start, *plan.question_files(), *(maps[name] for name in named))
-    return Stage("evaluate", "evaluation.run", text, out, reads, how, keeps=SAME_INPUTS)
+    return Stage("evaluate", "evaluation.run", text, out, reads, how, keeps=OF_OTHER_ARMS)
 
 
 def default_arms(plan: Plan, maps: list[str]) -> list[str]:
@@ -243,7 +243,7 @@ def lossless(plan: Plan) -> Stage:
     text += asking(plan, count, 256) + f" {words(out=out)}"
     how = after_dashes(plan.flags) if plan.gpus else ""
     reads = (model, *plan.question_files())
-    return Stage("lossless", "evaluation.lossless", text, out, reads, how, keeps=SAME_INPUTS)
+    return Stage("lossless", "evaluation.lossless", text, out, reads, how, keeps=OF_OTHER_ARMS)
 
 
 def asking(plan: Plan, questions: int, tokens: int) -> str:
@@ -265,9 +265,9 @@ def report(plan: Plan) -> Stage:
     return Stage("report", "fastmtp.report", text, out, (run, figures, evaluation))
 
 
-def settings_of(stage: Stage) -> dict[str, object]:
-    """What a stage's result depends on beside its command and its inputs: a speed, on the machine.
+def settings_of(plan: Plan, stage: Stage) -> dict[str, object]:
+    """What a stage's result depends on beside its command and its inputs: a speed, on machine and engine.
 
     Answers and heads stay what they are with a newer version; remove an output to have it made again.
     """
-    return machine() if stage.module.startswith("evaluation.") else {}
+    return machine() | {"flags": plan.flags} if stage.module.startswith("evaluation.") else {}

@@ -28,7 +28,8 @@ class Stage:
 
     words, how: arguments as a shell writes them; `how` are those that change how fast it goes and not what
     comes out. makes: the output. reads: files and folders. keeps: what of its output the command itself may
-    use again, so that it is not removed before it runs: "nothing", "all", or "all with the same inputs".
+    use again, so that it is not removed before it runs: "nothing", "all", or "all of another command" on the
+    same inputs.
     """
 
     name: str
@@ -108,8 +109,9 @@ def perform(
     if entry and changed:
         print(f"[{stage.name}] made again: {'; '.join(changed)}", flush=True)
     if changed:
-        other_inputs = not entry or any(entry["facts"].get(name) != facts[name] for name in stage.reads)
-        if stage.keeps == "nothing" or stage.keeps == "all with the same inputs" and other_inputs:
+        before = entry["facts"] if entry else {}
+        same = all(before.get(name) == value for name, value in facts.items() if name != "command")
+        if stage.keeps == "nothing" or stage.keeps == "all of another command" and not same:
             remove(made)
         entry = log[stage.name] = {"command": stage.command, "facts": facts, "spent": 0.0, "seconds": None}
         files.write_json(record, log)  # a run killed from here on continues

@@ -135,9 +135,7 @@ def test_how_fast_a_stage_goes_is_no_reason_to_run_it_again(calls, stage):
     assert calls.arguments == [["--out", "out.jsonl"]]
 
 
-@pytest.mark.parametrize(
-    "keeps, stays", [("nothing", []), ("all", [1, 2]), ("all with the same inputs", [1])]
-)
+@pytest.mark.parametrize("keeps, stays", [("nothing", []), ("all", [1, 2]), ("all of another command", [1])])
 def test_what_a_command_may_keep_of_its_output_stays(calls, stage, keeps, stays):
     stage, seen = dataclasses.replace(stage, keeps=keeps), []
 
