@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     finish(plan)
     print(text)
     draw_charts(plan.out)
+    finish(plan)  # the pictures are this command's, too
 
 
 def draw_charts(out: Path) -> None:

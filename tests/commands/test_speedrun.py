@@ -13,6 +13,7 @@ from helpers.tiny import save_llama
 
 from fastmtp import speedrun
 from fastmtp.cli import InputError
+from fastmtp.files import check_output
 from fastmtp.pipeline.processes import StageFailed, in_process
 from fastmtp.pipeline.stages import Stage
 
@@ -64,6 +65,7 @@ def test_a_raw_model_becomes_a_measured_one_and_nothing_is_done_twice(place):
     assert (
         1 <= summary["tau"] <= 4 and summary["arm"] == "fastmtp:3+own" and f"tau={summary['tau']:.2f}" in last
     )
+    check_output(out / "evaluation")  # all in it is on record, so that it can be made again
     report = (out / "report" / "report.md").read_text()
     assert "| fastmtp:3+own |" in report and "losses.png" in report
     pictures = {part.split(")")[0] for part in report.split("](")[1:]}

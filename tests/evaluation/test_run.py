@@ -20,6 +20,7 @@ from evaluation.plan import REPEAT, parse_arms
 from fastmtp import checkpoint
 from fastmtp.cli import InputError
 from fastmtp.engines import sglang
+from fastmtp.files import check_output
 from fastmtp.reference import model as model_module
 from fastmtp.reference import speculative
 from fastmtp.tokenizer import load_tokenizer
@@ -292,6 +293,7 @@ def test_the_same_arms_without_a_server(model, questions, monkeypatch, tmp_path)
     assert spec["environment"]["backend"] == "reference" and spec["config"]["dtype"] == "float32"
     assert calls[0] == ((model, "float32", "cpu"), 0, None)
     assert (out / "radar.png").exists()
+    check_output(out)  # the record names all that is in the folder, or it could not be replaced
 
 
 def test_without_a_baseline_there_are_no_claims(model, questions, monkeypatch, tmp_path):
