@@ -171,10 +171,10 @@ def test_the_lists_for_a_gpu_are_ones_that_sglang_takes(name, tmp_path, monkeypa
     assert {variant.name for variant in variants} == {point.variant.name for point in todo}
     assert set(gains) <= {point.tree for point in todo}
     monkeypatch.setattr(sglang, "attention_backend", lambda: "fa3")
-    shapes.write_folder(MIMO, tmp_path / "model")
-    files.claim(tmp_path, folder=True)
+    files.claim(tmp_path / "out", folder=True)
+    shapes.write_folder(MIMO, tmp_path / "out" / "model")
     facts = json.loads((ROOT / "tests" / "sglang_ext" / "sglang_0.5.17.json").read_text())
     for point in todo:
-        line = command(point, tmp_path / "model", 31000, [])
+        line = command(point, tmp_path / "out" / "model", 31000, [])
         assert not [part for part in line if part.startswith("--") and part not in facts["flags"]]
         assert point.variant.base or any(p.variant == point.variant and not p.num_steps for p in todo)
