@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastmtp.engines.sglang_flags import FLOAT32, values, without
 from fastmtp.fingerprint import machine
 from fastmtp.inputs import read_json, resource
 from fastmtp.pipeline.stages import Stage
@@ -115,7 +116,8 @@ def distil(plan: Plan) -> Stage:
     asked = {"data": plan.data[0]} if plan.listed else {"prompts": plan.data}
     text = words(model=base, **asked, limit=plan.prompts, max_new_tokens=plan.max_new_tokens, out=out)
     how = words(engines=plan.gpus, in_flight=IN_FLIGHT * plan.gpus) if plan.gpus else words(batch_size=16)
-    how += f" {after_dashes(plan.flags)}" if plan.gpus else ""
+    plain = without(plan.flags, [name for name in values(plan.flags) if name.startswith("--speculative-")])
+    how += f" {after_dashes(plain)}" if plan.gpus else ""
     # Answers are kept by what was asked: another number of prompts asks only those that are new.
     return Stage("distil", "fastmtp.distill", text, out, (base, *plan.data), how, keeps="all")
 
@@ -241,7 +243,7 @@ def lossless(plan: Plan) -> Stage:
     count = min(plan.num_questions, 4)
     text = words(model=model, arms=f"baseline,fastmtp:{plan.steps}", dtype="float32")
     text += asking(plan, count, 256) + f" {words(out=out)}"
-    how = after_dashes(plan.flags) if plan.gpus else ""
+    how = after_dashes(without(plan.flags, FLOAT32)) if plan.gpus else ""  # float32 has its own kernels
     reads = (model, *plan.question_files())
     return Stage("lossless", "evaluation.lossless", text, out, reads, how, keeps=OF_OTHER_ARMS)
 

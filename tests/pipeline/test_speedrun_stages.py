@@ -73,6 +73,20 @@ def test_more_gpus_ask_for_the_same_answers_and_the_same_step(plan):
     assert "NPROC_PER_NODE=4 python -m fastmtp.train" in four["train"].command
 
 
+def test_each_engine_gets_the_flags_that_it_can_take(plan):
+    flags = [
+        "--attention-backend",
+        "fa3",
+        "--speculative-draft-attention-backend",
+        "triton",
+        "--sleep-on-idle",
+    ]
+    made = by_name(dataclasses.replace(plan, flags=flags))
+    assert made["evaluate"].command.endswith("-- " + shlex.join(flags))
+    assert made["distil"].command.endswith("-- --attention-backend fa3 --sleep-on-idle")  # it drafts nothing
+    assert made["lossless"].command.endswith("-- " + shlex.join(flags[2:]))  # in float32 fa3 cannot compute
+
+
 def prepared(plan: Plan, rows: int, **config) -> None:
     base = plan.out / "base"
     base.mkdir(parents=True)
