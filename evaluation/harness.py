@@ -22,6 +22,7 @@ from evaluation.backends import BackendError, Server
 from evaluation.conditions import bench_config, check_numbers, context_of, counts, environment
 from evaluation.questions import Task, load_questions
 from evaluation.tasks import TASKS
+from fastmtp import hub
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.address import api_key, base_url
 from fastmtp.files import check_output, claim, release, write_jsonl
@@ -117,7 +118,7 @@ async def _bench(task: Task, args, url: str, questions: list[list[str]]) -> dict
     async with Server(url, args.timeout, api_key(args.api_key)) as server:
         info = await server.info()
         num_steps, token_map, arm = arm_of(info)
-        tokenizer_name = args.model or info["tokenizer"]
+        tokenizer_name = str(hub.tokenizer(args.model)) if args.model else info["tokenizer"]
         depends = identity(info, num_steps, token_map, tokenizer_name, settings, args.parallel)
         default = f"results/bench/{task.name}.{arm.replace(':', '-')}.answers.jsonl"
         answers = Answers(Path(args.answer_file or default), depends, "--answer-file")

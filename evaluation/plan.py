@@ -23,7 +23,7 @@ from evaluation.conditions import check_numbers, context_of
 from evaluation.questions import Task, load_questions
 from evaluation.tasks import TASKS as TASKS
 from evaluation.tasks import parse_tasks
-from fastmtp import checkpoint
+from fastmtp import checkpoint, hub
 from fastmtp.cli import InputError, Parser, at_least
 from fastmtp.engines import sglang, vllm
 from fastmtp.engines.address import check_port
@@ -85,7 +85,7 @@ def _named(item: str) -> tuple[str, str]:
     name, equals, path = item.partition("=")
     if not equals or not name or not path:
         raise InputError(f"--token-map {item}: expected NAME=PATH, for example en32k=vocab/smollm2/en_32k.pt")
-    return name, str(existing(resource(path), "token map"))
+    return name, str(existing(hub.token_map(str(resource(path))), "token map"))
 
 
 def _arm(name: str, model: str, vanilla_model: str | None, maps: dict[str, str]) -> Arm:
@@ -134,7 +134,9 @@ def question_file(folder: str | None, task: Task) -> Path | None:
 
 def add_arguments(p: Parser) -> None:
     """What `run` and `lossless` share."""
-    p.add_argument("--model", required=True, metavar="FOLDER", help="exported model with the trained head")
+    p.add_argument(
+        "--model", required=True, metavar="FOLDER", help="exported model, or its ORG/NAME on a hub"
+    )
     p.add_argument("--vanilla-model", metavar="FOLDER", help="the same model with the head before training")
     p.add_argument(
         "--arms",
@@ -186,12 +188,12 @@ class Plan:
         at_least(args, 1, "at_once")
         at_least(args, 0, "seed")
         check_port(args.port, args.at_once)
-        existing(args.model, "model folder")
+        args.model = str(hub.model(args.model))
         self.args, self.out = args, Path(args.out)
         self.flags = canonical(flags) if args.backend == "sglang" else flags
         self._fingerprints: dict[str, dict[str, object]] = {}
         if args.vanilla_model:
-            existing(args.vanilla_model, "vanilla model folder")
+            args.vanilla_model = str(hub.model(args.vanilla_model, what="vanilla model folder"))
         if args.backend == "reference" and args.parallel > 1:
             raise InputError("--parallel: the reference backend answers one request at a time; leave it out")
         if args.backend == "reference" and flags:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmtp import files
+from fastmtp import files, hub
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.inputs import shipped, whole_numbers
@@ -32,11 +32,11 @@ def parser() -> Parser:
         "python -m fastmtp.acceptance --model models/smollm2-fastmtp --data data/heldout.jsonl \\\n"
         "    --num-steps 7 --at 1,3,5 --token-map vocab/smollm2/en_8k.pt",
     )
-    p.add_argument("--model", required=True, help="model folder")
+    p.add_argument("--model", required=True, help="model folder, or ORG/NAME on a hub")
     p.add_argument(
         "--head",
         action="append",
-        help="a checkpoint or shipped head instead of the model's own; may be repeated",
+        help="a checkpoint, a shipped head or one on a hub, instead of the model's own; may be repeated",
     )
     p.add_argument(
         "--data", required=True, help="distilled or curated samples (greedy ones predict greedy decoding)"
@@ -49,7 +49,7 @@ def parser() -> Parser:
         action="append",
         type=shipped,
         default=[],
-        help="also with this map (.pt); may be repeated",
+        help="also with this map (.pt), or ORG/NAME/FILE.pt on a hub; may be repeated",
     )
     p.add_argument(
         "--token-maps",
@@ -87,18 +87,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--at must lie between 1 and --num-steps {args.num_steps}, not {args.at}")
 
     # Everything that can be wrong is read before the weights are.
+    heads = args.head or [args.model]
+    args.model = str(hub.model(args.model))
+    args.token_map = [hub.token_map(path) for path in args.token_map]
     config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)
     maps, vocab = read_maps(args, tokenizer, config.vocab_size)
     samples = read_samples(args.data, config.vocab_size, args.limit, tokenizer)
     check_measurable(args.data, samples)
-    heads = {name: head_for(name, config) for name in args.head or [args.model]}
+    heads = {name: head_for(name if args.head else args.model, config) for name in heads}
     if args.out:
         files.claim(args.out)
 
     model = load(args.model, args.dtype, args.device)
     rows, tables = {steps: [] for steps in at}, []
     for name, head in heads.items():
-        put_head(model.net, name, head)
+        put_head(model.net, name if args.head else args.model, head)
         for steps, results in measure_at(model, samples, at, maps, None, vocab).items():
             rows[steps] += as_json(results, name)
             tables.append(f"head: {name}, K={steps}\n\n{table(results)}\n")

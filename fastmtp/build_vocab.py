@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastmtp import files
+from fastmtp import files, hub
 from fastmtp import fingerprint as content
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.inputs import read_json
@@ -173,7 +173,7 @@ def parser() -> Parser:
     p.add_argument(
         "--column", help="text, chat or token ids to count (default: messages, output_ids or text)"
     )
-    p.add_argument("--tokenizer", required=True, help="model folder or Hub name")
+    p.add_argument("--tokenizer", required=True, help="model folder, or ORG/NAME on a hub")
     p.add_argument(
         "--lang",
         default="auto",
@@ -239,11 +239,14 @@ def claim(out: Path, names: list[str], sizes: list[int], compared: list[str]) ->
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     names, sizes, paths = check_arguments(args)
-    tokenizer = load_tokenizer(args.tokenizer)
+    source = str(hub.tokenizer(args.tokenizer))
+    tokenizer = load_tokenizer(source)
     vocab = np.array(sorted(set(tokenizer.get_vocab().values())), dtype=np.int64)
-    forced = forced_ids(tokenizer, args.tokenizer)
+    forced = forced_ids(tokenizer, source)
     check_sizes(sizes, vocab, forced)
-    compared = {path: load_map(path, tokenizer, int(vocab[-1]) + 1).numpy() for path in args.compare}
+    compared = {
+        path: load_map(hub.token_map(path), tokenizer, int(vocab[-1]) + 1).numpy() for path in args.compare
+    }
     out = Path(args.out)
     claim(out, names, sizes, args.compare)
 

@@ -1,7 +1,7 @@
 """What a head checkpoint is: its tensor names, where it is found, how it is read and written.
 
 A checkpoint folder holds the head alone, under the names of the released MiMo-7B checkpoints; a model folder
-holds it beside the backbone. Heads that come with the package are found by name.
+holds it beside the backbone. Heads that come with the package, or that a hub has, are found by name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fastmtp import hub
 from fastmtp.cli import InputError
 from fastmtp.fingerprint import CACHE
 from fastmtp.formats.weights import DTYPES, INDEX, Entry, check_finite, headers, read_tensors, weight_files
@@ -183,14 +184,23 @@ def some(names: list[str]) -> str:
 
 
 def head_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint, a model, or a head of the package, such as `smollm2-vanilla`."""
-    return Path(name) if Path(name).exists() or not (HEADS / name).is_dir() else HEADS / name
+    """The folder of a checkpoint, a model, a head of the package (`smollm2-vanilla`), or a hub's repository
+    (its files that hold the head are downloaded).
+    """
+    if Path(name).exists():
+        return Path(name)
+    return HEADS / name if (HEADS / name).is_dir() else hub.head(str(name), PREFIX) or Path(name)
+
+
+def head_files(name: str | Path) -> list[Path]:
+    """The weight files that hold the head of what `head_folder` finds. Raises InputError."""
+    return weight_files(head_folder(name), PREFIX)
 
 
 def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
     """Head tensors by full name, of what `head_folder` finds. InputError unless they are exactly a head."""
     folder = head_folder(folder)
-    entries = {name: entry for name, entry in headers(folder).items() if name.startswith(PREFIX)}
+    entries = {name: entry for name, entry in headers(folder, PREFIX).items() if name.startswith(PREFIX)}
     missing, unknown = sorted(HEAD_TENSORS - entries.keys()), sorted(entries.keys() - HEAD_TENSORS)
     if missing or unknown:
         raise InputError(
@@ -215,7 +225,7 @@ def head_state(name: str | Path) -> str:
     choice, and is fed with the state after the final norm.
     """
     folder = head_folder(name)
-    for path in weight_files(folder):
+    for path in head_files(folder):
         with safe_open(path, framework="pt") as tensors:
             if "mtp_hidden" in (tensors.metadata() or {}):
                 return tensors.metadata()["mtp_hidden"]

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmtp import hub
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.clean_set import Clean, CurateConfig, scan
 from fastmtp.data.curate_report import Tally, write_report
@@ -182,7 +183,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--model",
-        help="the model that answered, to check ids (default: as the distiller recorded)",
+        help="the model that answered, a folder or ORG/NAME, to check ids (default: as recorded)",
     )
     p.add_argument("--exclude", nargs="+", help="question files of benchmarks: no such prompt is kept")
     p.add_argument("--out", required=True, help="folder for train.jsonl, eval.jsonl and the report")
@@ -209,7 +210,7 @@ def main(argv=None) -> None:
     for path in args.input:
         if existing(path).is_dir():
             raise InputError(f"{path}: is a folder; give a .jsonl or .jsonl.gz file")
-    model = args.model or model_of(args.input)
+    model = str(hub.tokenizer(args.model)) if args.model else model_of(args.input)
     out = Path(args.out)
     claim(out, folder=True)
     for name in OUTPUTS:

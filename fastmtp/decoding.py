@@ -16,14 +16,13 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmtp import files
-from fastmtp.checkpoint import head_folder
+from fastmtp import files, hub
+from fastmtp.checkpoint import head_files
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.prompts import read_prompts
 from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.data.samples import check_answers
 from fastmtp.fingerprint import fingerprint, machine
-from fastmtp.formats.weights import weight_files
 from fastmtp.inputs import read_jsonl, shipped
 from fastmtp.reference.model import Model, check, head_for, load, put_head
 from fastmtp.reference.speculative import generate
@@ -99,8 +98,8 @@ def parser() -> Parser:
         "python -m fastmtp.decoding --model models/smollm2 --prompts examples/prompts.jsonl \\\n"
         "    --split heldout --token-map vocab/smollm2/en_8k.pt --out results/decoding.jsonl",
     )
-    p.add_argument("--model", required=True, help="model folder in MiMo layout")
-    p.add_argument("--head", help="a checkpoint or shipped head instead of the model's own")
+    p.add_argument("--model", required=True, help="model in MiMo layout: a folder, or ORG/NAME on a hub")
+    p.add_argument("--head", help="a checkpoint, a shipped head or one on a hub, not the model's own")
     p.add_argument("--prompts", required=True, type=shipped, help="jsonl with `messages` or `prompt`")
     p.add_argument("--split", help="use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
@@ -137,7 +136,7 @@ def dependencies(args) -> tuple[dict, list[str]]:
     named = parse_maps(args.token_maps) if args.token_maps else {}
     maps = list(named.values()) or ([args.token_map] if args.token_map else [])
     contents = {"model": args.model, "prompts": args.prompts, "token maps": maps}
-    contents["head"] = weight_files(head_folder(args.head)) if args.head else None
+    contents["head"] = head_files(args.head) if args.head else None
     asked = ("split", "limit", "num_steps", "max_new_tokens", "dtype", "device")
     policy = {"vocab policy": (args.vocab_policy or AUTO) if named else None, "map names": list(named)}
     return fingerprint(contents, {name: getattr(args, name) for name in asked} | policy | machine()), maps
@@ -149,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Everything that can be wrong is read before the weights are.
     prompts = read_prompts(args.prompts, args.split, args.limit)
+    args.model = str(hub.model(args.model))
+    args.token_map = hub.token_map(args.token_map) if args.token_map else None
     config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)
     head = head_for(args.head, config) if args.head else None
     token_map = read_map(args, tokenizer, config.vocab_size)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastmtp import files, fingerprint
+from fastmtp import files, fingerprint, hub
 from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
 from fastmtp.data.journal import Journal
 from fastmtp.data.prompts import Chat, chats, file_rows, limited, listed_rows
@@ -31,7 +31,7 @@ from fastmtp.engines.process import ServerError
 from fastmtp.engines.sglang import check_flags
 from fastmtp.engines.sglang_flags import canonical
 from fastmtp.formats.yaml_file import load_yaml
-from fastmtp.inputs import existing, shipped
+from fastmtp.inputs import shipped
 
 
 def parser() -> Parser:
@@ -44,7 +44,7 @@ def parser() -> Parser:
         "    --in-flight 2048 --out data/distilled.jsonl",
     )
     p.add_argument(
-        "--model", required=True, help="model folder; with --server, the one that the server serves"
+        "--model", required=True, help="model folder, or ORG/NAME on a hub; with --server, the one served"
     )
     asked = p.add_mutually_exclusive_group(required=True)
     asked.add_argument(
@@ -137,9 +137,7 @@ class Questions:
             else limited(file_rows(args.prompts, args.split), args.limit)
         )
         # What a server computes in is its own affair; here float32 and bfloat16 are two ways to answer.
-        self.tag = (
-            f"{fingerprint.content(existing(args.model, 'model folder'))[:12]} {args.dtype} {args.seed}"
-        )
+        self.tag = f"{fingerprint.content(args.model)[:12]} {args.dtype} {args.seed}"
         self.keys = {chat.key for chat in self.chats()}
         if not self.keys:
             raise InputError(f"{args.data or args.prompts[0]}: no prompts; check the file and --split")
@@ -210,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
     check(args, flags)
+    args.model = str(hub.model(args.model))
     questions = Questions(args)
     try:
         files.check_apart(args.out, args.model, args.data, args.sampling, *(args.prompts or []))

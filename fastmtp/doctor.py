@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
+from fastmtp import hub
 from fastmtp.budget import page as budget
 from fastmtp.budget.cards import CARDS, card_of
 from fastmtp.budget.shapes import SIZES
@@ -42,7 +43,7 @@ def lines(name: str, check: Callable[..., Iterator[Line]], *arguments) -> list[L
 
 
 def examine(args: argparse.Namespace) -> list[Line]:
-    path = existing(args.folder, "model folder")
+    path = hub.model(args.folder)
     folder = Folder(path, read_json(path / "config.json"), {})
     page = lines("architecture", architecture, folder)
     try:
@@ -68,7 +69,7 @@ def parser() -> Parser:
         "Say whether a model folder will work, and why not. Exit code 0: no errors; 1: errors; 2: bad input.",
         "python -m fastmtp.doctor models/smollm2-fastmtp --data data/heldout.jsonl",
     )
-    p.add_argument("folder", nargs="?", help="model folder, ours or another's")
+    p.add_argument("folder", nargs="?", help="model folder, ours or another's, or ORG/NAME on a hub")
     p.add_argument(
         "--data",
         help="distilled samples: also measure the accept length, with both states that a head may expect",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from fastmtp import files
+from fastmtp import files, hub
 from fastmtp.checkpoint import (
     BACKBONE_FILE,
     CONTRACT,
@@ -32,14 +32,14 @@ from fastmtp.checkpoint import (
     check_weights,
     copy,
     finish_folder,
-    head_folder,
+    head_files,
     head_state,
     read_head,
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.vllm_stock import MODEL, add_backbone
-from fastmtp.formats.weights import INDEX, Entry, check_finite, read_tensors, weight_files
-from fastmtp.inputs import existing, read_json
+from fastmtp.formats.weights import INDEX, Entry, check_finite, read_tensors
+from fastmtp.inputs import read_json
 from fastmtp.tokenizer import check_fits, copy_templates, load_tokenizer
 
 
@@ -50,7 +50,7 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
 
     Raises InputError for a base or a head that is not whole, or that do not fit each other.
     """
-    base, out = existing(base, "model folder"), Path(out)
+    base, out = hub.model(base), Path(out)
     if any(Path(given).resolve().is_relative_to(out.resolve()) for given in (base, head)):
         raise InputError(f"{out}: the output must be a new folder, not one of the inputs or around them")
     files.check_output(out)
@@ -81,7 +81,7 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
         if vllm_stock:
             add_backbone(folder)
         files.write_provenance(
-            folder, {"base": str(base), "head": str(head), "out": str(out)}, weight_files(head_folder(head))
+            folder, {"base": str(base), "head": str(head), "out": str(out)}, head_files(head)
         )
 
 
@@ -110,8 +110,12 @@ def parser() -> Parser:
         "python -m fastmtp.export --base models/mimo-7b-rl --head runs/mimo7b_k3/last-checkpoint "
         "--out models/mimo-7b-fastmtp",
     )
-    p.add_argument("--base", required=True, help="model folder that the head was trained on")
-    p.add_argument("--head", required=True, help="checkpoint folder that training wrote")
+    p.add_argument(
+        "--base", required=True, help="model that the head was trained on: a folder, or ORG/NAME on a hub"
+    )
+    p.add_argument(
+        "--head", required=True, help="checkpoint that training wrote, or ORG/NAME of a head on a hub"
+    )
     p.add_argument("--out", required=True, help="new model folder")
     p.add_argument(
         "--for",

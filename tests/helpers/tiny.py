@@ -96,6 +96,23 @@ def save_folder(
     return folder
 
 
+def save_released(folder: Path, shards: str = "50GB") -> Path:
+    """A tiny folder as MiMo-7B was released: its key set, model_type mimo, remote code of its own."""
+    save_folder(folder, shards=shards)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "mimo",
+        "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"},
+        "rope_theta": 640000,
+    }
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("modeling_mimo.py", "recursion.py", "losses.py", "teacher.py"):
+        (folder / name).unlink()
+    (folder / "configuration_mimo.py").write_text("raise RuntimeError('remote code was run')\n")
+    return folder
+
+
 def save_llama(folder: Path) -> Path:
     """A tiny Llama checkpoint as others publish it."""
     shape = dict(
