@@ -4,7 +4,8 @@ With `--for vllm-stock` the output holds two folders, for a vLLM on which our pl
 a README.md with the command that starts it.
 
 The base's weight files are linked (copied where links are impossible), except that their head tensors give
-way to the trained ones; nothing else changes, byte for byte.
+way to the trained ones; nothing else changes, byte for byte. README.md is a model card of what is known; one
+that somebody edited is kept.
 
     python -m fastmtp.export --base models/smollm2 --head runs/smollm2/last-checkpoint \
         --out models/smollm2-fastmtp
@@ -33,18 +34,24 @@ from fastmtp.checkpoint import (
     copy,
     finish_folder,
     head_files,
+    head_folder,
     head_state,
     read_head,
 )
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.vllm_stock import MODEL, add_backbone
+from fastmtp.fingerprint import CACHE
 from fastmtp.formats.weights import INDEX, Entry, check_finite, read_tensors
 from fastmtp.inputs import read_json
+from fastmtp.show import card
 from fastmtp.tokenizer import check_fits, copy_templates, load_tokenizer
 
 
-def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool = False) -> None:
-    """Write folder `out`: the base with the head of checkpoint `head`, cast to the base head's dtype.
+def export(
+    base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool = False, repo: str | None = None
+) -> None:
+    """Write folder `out`: the base with the head of checkpoint `head`, cast to the base head's dtype, and a
+    model card that names `repo`, where it will be pushed, or the folder.
 
     vllm_stock: two folders in `out`, see fastmtp/engines/vllm_stock.py.
 
@@ -54,6 +61,7 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
     if any(Path(given).resolve().is_relative_to(out.resolve()) for given in (base, head)):
         raise InputError(f"{out}: the output must be a new folder, not one of the inputs or around them")
     files.check_output(out)
+    kept = _edited_card(out)
     old, new = read_head(base), read_head(head)
     entries, config = check_weights(base), read_json(base / "config.json")
     check_head(new, config, head)
@@ -74,15 +82,50 @@ def export(base: str | Path, head: str | Path, out: str | Path, vllm_stock: bool
         target.mkdir(parents=True)
         _write_weights(target, entries, new)
         for path in base.iterdir():
-            if path.is_file() and path.suffix not in LEFT_OUT and path.name not in SKIP:
+            if path.is_file() and path.suffix not in LEFT_OUT and path.name not in {*SKIP, card.README}:
                 shutil.copyfile(path, target / path.name)
         copy_templates(Path(base), target)
         finish_folder(target, config | contract, tokenizer)
         if vllm_stock:
             add_backbone(folder)
+        else:
+            known = card.facts(base, head_folder(head), contract["mtp_hidden"])
+            (folder / card.README).write_text(kept or card.card(known, out.name, repo or out.name), "utf-8")
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, head_files(head)
         )
+
+
+def _edited_card(folder: Path) -> str | None:
+    """The text of a card of ours that somebody changed."""
+    path = folder / card.README
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else None
+    return None if text is None or card.untouched(text) else text
+
+
+def check_push(repo: str, vllm_stock: bool) -> set[str] | None:
+    """The repository's files (None: there is none yet), before any work. InputError for what cannot be
+    pushed, or would mix with somebody's files.
+    """
+    if vllm_stock:
+        raise InputError("--push with --for vllm-stock: push the usual folder; omit one of them")
+    name = hub.FORM.fullmatch(repo)
+    if not name or name["path"] or name["revision"]:
+        raise InputError(f"--push {repo}: expected ORG/NAME")
+    present = hub.files_of(repo)
+    if present and HEAD_FILE not in present and present - hub.AT_BIRTH:
+        other = min(present - hub.AT_BIRTH)
+        raise InputError(f"--push {repo}: the repository holds other files ({other}); give a new name")
+    return present
+
+
+def push(folder: Path, repo: str, present: set[str] | None) -> str:
+    """Bring an exported folder to the hub; the address. A card that somebody edited there stays."""
+    but = ["run.json", CACHE, f"{CACHE}.tmp"]
+    if present and HEAD_FILE in present and card.README in present:
+        remote = hub.fetch(hub.Name(repo, repo, "", None), (card.README,))
+        but += [card.README] if _edited_card(remote) else []
+    return hub.push(folder, repo, present is None, but)
 
 
 def _write_weights(folder: Path, entries: dict[str, Entry], head: dict) -> None:
@@ -124,13 +167,20 @@ def parser() -> Parser:
         default="engines",
         help="vllm-stock: two folders for a vLLM without our plugin (default: one folder for every engine)",
     )
+    p.add_argument(
+        "--push", metavar="ORG/NAME", help="also upload it; a new repository is private (FASTMTP_HUB: where)"
+    )
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    export(args.base, args.head, args.out, args.target == "vllm-stock")
+    stock = args.target == "vllm-stock"
+    present = check_push(args.push, stock) if args.push else None
+    export(args.base, args.head, args.out, stock, args.push)
     print(f"exported {args.out}")
+    if args.push:
+        print(f"pushed {push(Path(args.out), args.push, present)}")
 
 
 if __name__ == "__main__":

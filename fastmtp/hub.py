@@ -9,7 +9,8 @@ A path that exists is local, and so is a name whose first part is a folder here 
 documentation uses (`models/x`): a typing error starts no download. Everything else of this form is looked for
 on the Hugging Face Hub, or on ModelScope if the environment says FASTMTP_HUB=modelscope. What was downloaded
 before is used again, without a network too. Only data is fetched: safetensors, JSON, text, and token maps,
-which are read with `weights_only`; never code, never pickled weights.
+which are read with `weights_only`; never code, never pickled weights. `push` brings an exported folder to the
+same hub.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from fastmtp.cli import InputError
@@ -40,6 +41,7 @@ TITLES = {"hf": "the Hugging Face Hub", "modelscope": "ModelScope"}
 OURS = (*SHIPPED, "fastmtp", "models", "runs", "results", "data")  # first parts of paths in our documentation
 PART = r"\w[\w.-]*"
 FORM = re.compile(rf"(?P<repo>{PART}/{PART})(?P<path>(/{PART})*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+AT_BIRTH = {".gitattributes", "README.md", "LICENSE", "configuration.json"}  # what a hub itself puts there
 TOKENIZER = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
 MODEL = ("*.safetensors", *TOKENIZER)
 BELOW = tuple(f"*/*{kind}" for kind in (".safetensors", ".json", ".txt", ".model"))  # other models' files
@@ -50,7 +52,10 @@ REASONS = (  # names of both libraries' errors, the special before the general
     ({"RepositoryNotFoundError"}, "no such repository, or a private one; check the name, or run: {login}"),
     ({"NotExistError"}, "no such repository or revision, or a private one; check the name, or run: {login}"),
     ({"RevisionNotFoundError"}, "no such revision; give a branch, a tag or a whole commit hash"),
-    ({"AuthenticationError", "PermissionDeniedError"}, "it wants a login; run: {login}"),
+    (
+        {"AuthenticationError", "PermissionDeniedError"},
+        "it wants a login with the right to do this; run: {login}",
+    ),
     (
         {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "CacheNotFound"} | UNREACHABLE,
         "no network (or HF_HUB_OFFLINE is set), and it was not downloaded before, or not whole",
@@ -192,15 +197,15 @@ def _from_hf(name: Name, files: list[str], but: list[str], offline: bool) -> Pat
 
 
 def _from_modelscope(name: Name, files: list[str], but: list[str], offline: bool) -> Path:
-    api = modelscope_api()
+    api, _ = modelscope_api()
     if not offline:  # without an address from the user there are two sites to choose from
-        api = modelscope_api(api.resolve_endpoint_for_read(name.repo))
+        api, _ = modelscope_api(api.resolve_endpoint_for_read(name.repo))
     asked = {"allow_patterns": files, "ignore_patterns": but, "local_files_only": offline}
     return Path(api.download_repo(name.repo, "model", revision=name.revision, **asked))
 
 
 def modelscope_api(endpoint: str | None = None):
-    """ModelScope's client. Raises InputError if its package is not installed."""
+    """ModelScope's client, and its settings. Raises InputError if its package is not installed."""
     try:
         from modelscope_hub import HubApi, HubConfig
     except ImportError:
@@ -209,7 +214,8 @@ def modelscope_api(endpoint: str | None = None):
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it prefers MODELSCOPE_ENDPOINT to MODELSCOPE_DOMAIN
-        return HubApi(config=HubConfig(endpoint=endpoint))
+        config = HubConfig(endpoint=endpoint)
+        return HubApi(config=config), config
 
 
 def _kinds(error: BaseException) -> set[str]:
@@ -244,6 +250,64 @@ def _check_whole(name: Name, folder: Path, files: Sequence[str]) -> None:
             f"{name.text}: no weights in safetensors format on {hub}; pickled ones are never downloaded, "
             "because they can run code"
         )
+
+
+def origin(text: str | Path, folder: Path) -> dict[str, str]:
+    """For a record: where the model `text`, found in `folder`, came from; {} for a local one."""
+    name = parse(text)
+    return {} if name is None else {"hub": active(), "repo": name.repo, "revision": folder.name}
+
+
+def files_of(repo: str) -> set[str] | None:
+    """The paths in a repository; None if there is none. For a push, so with the user's token.
+
+    Raises InputError in one line, for a missing or wrong token too.
+    """
+    hub = active()
+    if hub == "hf" and not get_token():
+        raise InputError(f"--push {repo}: no token for {TITLES[hub]}; run {LOGIN[hub]}, or set HF_TOKEN")
+    try:
+        if hub == "hf":
+            api = HfApi()
+            api.whoami()
+            return set(api.list_repo_files(repo)) if api.repo_exists(repo) else None
+        api, config = modelscope_api()
+        if not config.token:
+            raise InputError(
+                f"--push {repo}: no token for {TITLES[hub]}; run {LOGIN[hub]}, or set MODELSCOPE_API_TOKEN"
+            )
+        api.whoami()
+        listed = api.list_repo_files(repo, "model") if api.repo_exists(repo, "model") else None
+        return None if listed is None else {getattr(file, "path", file) for file in listed}
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"--push {repo}: {TITLES[hub]} refuses ({_reason(error, hub)})") from None
+
+
+def push(folder: Path, repo: str, new: bool, but: Sequence[str]) -> str:
+    """Upload a folder's files, except those named in `but`, and return the repository's address.
+
+    A new repository is private; one that is there keeps what it has beside these files. Raises InputError.
+    """
+    hub = active()
+    try:
+        with _bars():
+            if hub == "modelscope":
+                api, config = modelscope_api()
+                if new:
+                    api.create_repo(repo, "model", visibility="private")
+                api.upload_folder(repo, "model", folder, ignore_patterns=list(but), use_cache=False)
+                return f"{config.endpoint}/models/{repo}"
+            if new:
+                HfApi().create_repo(repo, private=True)
+            HfApi().upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=list(but))
+            return f"{constants.ENDPOINT}/{repo}"
+    except Exception as error:
+        raise InputError(
+            f"--push {repo}: the folder {folder} is written, but {TITLES[hub]} did not take it "
+            f"({_reason(error, hub)}); the same command tries again"
+        ) from None
 
 
 @contextlib.contextmanager

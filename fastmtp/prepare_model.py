@@ -120,7 +120,7 @@ def init_head(head: MiMoMTPLayer, tensors: dict[str, torch.Tensor], config: MiMo
     take_over(head, state, torch.eye(width).repeat(1, 2) * 0.5, torch.ones(width))
 
 
-def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
+def convert(source: Path, out: Path, dtype: str, head: str | None, origin: dict[str, str]) -> None:
     """Llama/Qwen2 folder or GGUF file -> `out`, its head fresh or `head`'s. Raises InputError."""
     # everything that can be refused without the weights comes first
     trained = read_head(head) if head else None
@@ -160,7 +160,7 @@ def convert(source: Path, out: Path, dtype: str, head: str | None) -> None:
         save_tokenizer(tokenizer, source, folder)
         written = read_json(folder / "config.json") | {CONTRACT_KEY: CONTRACT}
         finish_folder(folder, written | {"model_type": config.model_type}, tokenizer)
-        files.write_provenance(folder, {"model": source.name, "dtype": dtype, "head": head}, [source])
+        files.write_provenance(folder, origin | {"dtype": dtype, "head": head}, [source])
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
 
@@ -188,7 +188,7 @@ def _tokenizer(source: Path, vocab_size: int) -> tuple[object, list[str]]:
     return tokenizer, notes
 
 
-def adopt(source: Path, out: Path) -> None:
+def adopt(source: Path, out: Path, origin: dict[str, str]) -> None:
     """A released MiMo folder -> `out`: weights copied and checked, configuration made engine-ready."""
     check(source)
     entries, config = headers(source), read_json(source / "config.json")
@@ -204,7 +204,7 @@ def adopt(source: Path, out: Path) -> None:
                 copy(path, folder / path.name)
         copy_templates(source, folder)
         finish_folder(folder, config, tokenizer)
-        files.write_provenance(folder, {"model": str(source)}, [source / "config.json"])
+        files.write_provenance(folder, origin, [source / "config.json"])
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
 
@@ -214,14 +214,15 @@ def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = 
         raise InputError(f"{out}: the output must be a new folder, not the source or around it")
     files.check_output(out)  # before a download or a load of an hour
     source = locate(name)
+    origin = {"model": name} | hub.origin(name, source)
     if source.is_dir():
         config = read_json(source / "config.json")
         check_config(config, source)
         if config.get("architectures") == [ARCHITECTURE]:
             if head:
                 raise InputError(f"{name} has a head of its own; replace it with fastmtp.export")
-            return adopt(source, Path(out))
-    convert(source, Path(out), dtype, head)
+            return adopt(source, Path(out), origin)
+    convert(source, Path(out), dtype, head, origin)
 
 
 def parser() -> Parser:

@@ -18,7 +18,7 @@ class StandIn:
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
-        self.private: dict[str, object] = {}  # how each new repository was asked for
+        self.created: dict[str, dict] = {}  # how each new repository was asked for
         self.blobs: dict[str, bytes] = {}  # uploaded to ModelScope, not yet committed
         self.requests: list[str] = []
         self.down = False
@@ -112,11 +112,12 @@ class Handler(BaseHTTPRequestHandler):
     def hugging_face(self, method: str, path: str, query: dict, body: bytes) -> None:
         if path == "/api/whoami-v2":
             return self.reply(200, {"name": "me", "type": "user", "orgs": []})
+        if path == "/api/validate-yaml":
+            return self.reply(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            self.hub.private[repo] = asked.get("private")
-            self.hub.repos.setdefault(repo, {})
+            repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            self.hub.created[repo], self.hub.repos[repo] = asked, {}
             return self.reply(200, {"url": f"http://{self.headers['Host']}/{repo}"})
         path = path.removeprefix("/api/models")
         repo, rest = "/".join(path.split("/")[1:3]), "/".join(path.split("/")[3:])
@@ -159,8 +160,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/v1/models":
             asked = json.loads(body)
             repo = f"{asked['Path']}/{asked['Name']}"
-            self.hub.private[repo] = asked.get("Visibility")
-            self.hub.repos.setdefault(repo, {})
+            if repo in self.hub.repos:
+                return self.reply(400, {"Code": 10020101, "Message": "exists", "Success": False})
+            self.hub.created[repo], self.hub.repos[repo] = asked, {}
             return self.data({"Id": 1, "Path": asked["Path"], "Name": asked["Name"]})
         path = path.removeprefix("/api/v1").removeprefix("/repos").removeprefix("/models")
         repo, rest = "/".join(path.split("/")[1:3]), "/".join(path.split("/")[3:])
