@@ -14,9 +14,11 @@ from __future__ import annotations
 import sys
 
 from evaluation import metrics
+from evaluation.arguments import add_arguments
+from evaluation.arms import Arm
 from evaluation.asking import Prompts
 from evaluation.conditions import check_tolerance
-from evaluation.plan import Arm, Plan, add_arguments
+from evaluation.plan import Plan
 from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
 from fastmtp.cli import InputError, Parser, run, split_at_dashes

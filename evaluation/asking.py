@@ -20,11 +20,25 @@ WARM_UP_TOKENS = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """How every question is asked."""
+    """How every question is asked. top_k 0 and top_p 1: from all tokens."""
 
     max_gen_length: int = 1024
     temperature: float = 0.0
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def facts(self) -> dict[str, object]:
+        """What answers depend on: of sampling only what is in use."""
+        shared = {"max_gen_length": self.max_gen_length, "temperature": self.temperature, "seed": self.seed}
+        if not self.temperature:
+            return shared
+        return shared | {"top_k": self.top_k, "top_p": self.top_p, "seeds": "one per question"}
+
+    def sampling(self, key: str) -> dict[str, object]:
+        """Of one question, as arguments of `ask`. Its seed is its own, and the same in all arms."""
+        seed = (self.seed + int(key[:8], 16)) % 2**31
+        return {"temperature": self.temperature, "seed": seed, "top_k": self.top_k, "top_p": self.top_p}
 
 
 class Prompts:
@@ -120,7 +134,7 @@ async def collect(
     async def one(key: str, question: list[str]) -> None:
         async with free:
             try:
-                answers.add(key, await _answer(backend, prompts, question, settings, num_steps))
+                answers.add(key, await _answer(backend, prompts, key, question, settings, num_steps))
             except (Rejected, TemplateError) as error:
                 rejected.append((question[0], error))
             bar.update()
@@ -149,17 +163,19 @@ async def _warm_up(backend, prompt: list[int]) -> None:
     await backend.flush()
 
 
-async def _answer(backend, prompts: Prompts, question, settings: Settings, num_steps: int) -> list[Turn]:
+async def _answer(
+    backend, prompts: Prompts, key: str, question, settings: Settings, num_steps: int
+) -> list[Turn]:
     """All turns of one question; each turn's prompt holds the answers before it."""
     turns: list[Turn] = []
     for last in range(len(question)):
         ids = prompts.ids(question[: last + 1], [turn.text for turn in turns])
-        turn = await backend.ask(ids, settings.max_gen_length, settings.temperature, seed=settings.seed)
-        turns.append(_checked(turn, num_steps))
+        turn = await backend.ask(ids, settings.max_gen_length, **settings.sampling(key))
+        turns.append(checked(turn, num_steps))
     return turns
 
 
-def _checked(turn: Turn, num_steps: int) -> Turn:
+def checked(turn: Turn, num_steps: int) -> Turn:
     """A turn whose accounting fits the arm. An answer of one token comes from prefill alone: nothing was
     verified.
     """

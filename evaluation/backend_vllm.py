@@ -59,6 +59,8 @@ class VllmServer(Server):
     def __init__(self, url: str, timeout: float = 600.0, key: str | None = None, alone: bool = True):
         super().__init__(url, timeout, key)
         self.alone = alone
+        self.reading: list[int] | None = None  # counters after the last answer
+        self.counting = alone  # until the server says passes with its answers, or does not draft
 
     async def info(self) -> dict:
         """`{"model", "tokenizer", "version", "settings"}` as the server says."""
@@ -80,6 +82,8 @@ class VllmServer(Server):
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         ignore_eos: bool = False,
     ) -> Turn:
         """One request. BackendError if the server fails, hangs past the time limit or answers nonsense."""
@@ -93,8 +97,8 @@ class VllmServer(Server):
             "seed": seed,
             "ignore_eos": ignore_eos,
             # the folder's generation_config.json would set these otherwise
-            "top_p": 1.0,
-            "top_k": 0,
+            "top_p": top_p,
+            "top_k": top_k,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "stream": True,
@@ -102,7 +106,9 @@ class VllmServer(Server):
             "stream_interval": NEVER,
             "return_token_ids": True,
         }
-        before = await self._counters() if self.alone else None
+        before, self.reading = self.reading, None
+        if self.counting and before is None:
+            before = await self._counters()
         answer = Answer(self.url)
         started, clock = time.time(), time.perf_counter()
         async with self._post("/v1/completions", body) as reply:
@@ -110,9 +116,12 @@ class VllmServer(Server):
                 if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
                     answer.take(line[5:].strip(), time.perf_counter() - clock)
         passes = answer.passes()
-        if passes is None and before is not None:
-            after = await self._counters()
-            passes = Passes([late - early for late, early in zip(after, before, strict=True)])
+        if passes or before is None:
+            self.counting = False
+        elif self.counting:
+            # Nobody else asks, so this reading is also the next answer's first.
+            self.reading = await self._counters()
+            passes = Passes([late - early for late, early in zip(self.reading, before, strict=True)])
         return answer.turn(passes, started)
 
     async def _counters(self) -> list[int] | None:

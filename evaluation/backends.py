@@ -124,6 +124,8 @@ class Server:
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         ignore_eos: bool = False,
         custom_params: dict | None = None,
     ) -> Turn:
@@ -138,7 +140,7 @@ class Server:
             "ignore_eos": ignore_eos,
         }
         if temperature > 0:
-            sampling["sampling_seed"] = seed
+            sampling |= {"sampling_seed": seed, "top_k": top_k or -1, "top_p": top_p}
         if custom_params:
             sampling["custom_params"] = custom_params
         body = {"input_ids": prompt_ids, "sampling_params": sampling, "stream": True}
@@ -297,8 +299,16 @@ class Reference:
         """Nothing is cached between requests."""
 
     async def ask(
-        self, prompt_ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> Turn:
+        """One answer; it samples from all tokens, so top_k and top_p must say so."""
+        assert top_k == 0 and top_p == 1.0
         started, clock = time.time(), time.perf_counter()
         result = speculative.generate(
             self.model,

@@ -1,4 +1,5 @@
-"""Pictures of a table.json: speed-up by task, accept length and speed against K, acceptance by position.
+"""Pictures of a table.json: speed-up by task, accept length and speed against K, acceptance by position,
+throughput against requests at a time.
 
     python -m evaluation.charts results/NAME
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from evaluation.table import pictures
+from evaluation.page import pictures
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.files import is_ours
 from fastmtp.inputs import existing, read_json
@@ -21,7 +22,7 @@ LINES = ["-", "--", "-.", ":"]
 
 
 def draw(report: dict, out: Path) -> list[Path]:
-    """The pictures of `table.pictures` in `out`; older ones of these names that are ours are removed."""
+    """The pictures of `page.pictures` in `out`; older ones of these names that are ours are removed."""
     arms = [name for name in report["arms"] if name != "baseline"]
     names = pictures(report)
     for name, figure in DRAWN.items():
@@ -122,6 +123,31 @@ def acceptance(report: dict, arms: list[str]):
     return figure
 
 
+def streams(report: dict, arms: list[str]):
+    """Tokens per second of all streams, and speed-up over plain decoding, against requests at a time."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0))
+    levels = sorted({row["streams"] for row in report["streams"]})
+    looks = _looks(report, arms) | {"baseline": {"color": "grey", "marker": "."}}
+    for name in dict.fromkeys(row["arm"] for row in report["streams"]):
+        by = {row["streams"]: row for row in report["streams"] if row["arm"] == name}
+        for axes, what in ((left, "throughput"), (right, "speedup")):
+            points = [(level, by[level][what]) for level in levels if by.get(level, {}).get(what)]
+            if points:
+                axes.plot(*zip(*points, strict=True), **looks[name], label=name)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(levels, [str(level) for level in levels])
+        axes.minorticks_off()
+        axes.set_xlabel("requests at a time")
+        axes.grid(alpha=0.3)
+    left.set_yscale("log")
+    left.set_ylabel("tokens/s, all requests together")
+    right.set_ylabel("speed-up over plain decoding")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def _families(report: dict, arms: list[str]) -> dict[str, list[tuple[int, str]]]:
     """`fastmtp+en32k` -> [(1, "fastmtp:1+en32k"), ...], by K."""
     families: dict[str, list[tuple[int, str]]] = {}
@@ -142,7 +168,7 @@ def _looks(report: dict, arms: list[str]) -> dict[str, dict]:
     return looks
 
 
-DRAWN = {"radar.png": radar, "steps.png": steps, "acceptance.png": acceptance}
+DRAWN = {"radar.png": radar, "steps.png": steps, "acceptance.png": acceptance, "streams.png": streams}
 
 
 def draw_folder(folder: str | Path) -> list[Path]:

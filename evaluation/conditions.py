@@ -19,6 +19,12 @@ def check_numbers(args: argparse.Namespace) -> None:
     at_least(args, 1, "num_questions", "max_gen_length", "parallel")
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"--temperature {args.temperature}: must be a number of at least 0")
+    top_k, top_p = getattr(args, "top_k", 0), getattr(args, "top_p", 1.0)
+    at_least(argparse.Namespace(top_k=top_k), 0, "top_k")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p {top_p}: must be above 0 and at most 1")
+    if (top_k or top_p < 1) and not args.temperature:
+        raise InputError("--top-k, --top-p: greedy decoding takes the likeliest token; add --temperature")
     if not 0 < args.timeout < math.inf:
         raise InputError(f"--timeout {args.timeout}: must be a number above 0")
 
@@ -72,5 +78,6 @@ def bench_config(
     if question_file:
         source = {"file": Path(question_file).name}
     source["digest"] = digest(sorted(set(question_keys(task, questions))))
-    shared = {"max_gen_length": settings.max_gen_length, "parallel": parallel, "seed": settings.seed}
+    shared = {name: value for name, value in settings.facts().items() if name != "temperature"}
+    shared["parallel"] = parallel
     return shared | {"questions": source, "chat_template": "model", "fingerprint": depends}

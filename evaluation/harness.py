@@ -170,7 +170,7 @@ def identity(
     here = {name: path for name, path in named.items() if path and Path(path).exists()}
     elsewhere = {name: path for name, path in named.items() if name not in here}
     asked = {"num_steps": num_steps, "parallel": parallel, "gpu": gpu_name(), "sglang": info["version"]}
-    return fingerprint(here, elsewhere | asked | vars(settings) | info["all_settings"])
+    return fingerprint(here, elsewhere | asked | settings.facts() | info["all_settings"])
 
 
 def _baseline(result_file: Path, task: str, config: dict) -> float | None:

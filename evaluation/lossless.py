@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from evaluation import metrics
+from evaluation.arguments import add_arguments
 from evaluation.asking import Prompts
 from evaluation.conditions import check_tolerance
 from evaluation.metrics import first_difference
-from evaluation.plan import Plan, add_arguments
+from evaluation.plan import Plan
 from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
 from fastmtp.cli import InputError, Parser, run, split_at_dashes

@@ -7,6 +7,9 @@ here, never zero.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from fastmtp import tau
 
 
@@ -85,10 +88,7 @@ def decode_throughput(answers: list[dict]) -> float | None:
     """Tokens per second of one stream after its first token, so without prefill. None if all were one token
     long.
     """
-    tokens = sum(len(t["output_ids"]) - t["first_tokens"] for t in turns(answers))
-    seconds = sum(
-        t["latency_s"] - t["first_s"] for t in turns(answers) if len(t["output_ids"]) > t["first_tokens"]
-    )
+    tokens, seconds = _decoding(answers)
     return tokens / seconds if tokens and seconds > 0 else None
 
 
@@ -115,13 +115,34 @@ def identical(answers: list[dict], reference: list[dict]) -> dict:
     return {"reference": "baseline", "questions": len(pairs), "identical": same, "share": share}
 
 
-def intervals(answers: list[dict], baseline: list[dict] | None) -> dict:
-    """95 % bootstrap intervals over questions: {"accept_length": [low, high], "throughput": ..., "speedup":
-    ...}.
+def steady_throughput(turns: list[dict], streams: int) -> float | None:
+    """Tokens per second of all requests together while `streams` of them were in flight: from the start of
+    the last stream until the first answer that nobody follows. None if there was no such time.
+
+    A request's tokens are spread evenly over its time, which for one stream is tokens over seconds.
+    """
+    starts = sorted(turn["started"] for turn in turns)
+    if len(starts) < streams:
+        return None
+    begin, last = starts[streams - 1], starts[-1]
+    spans = [(t["started"], t["started"] + t["latency_s"], len(t["output_ids"])) for t in turns]
+    end = min((stop for _, stop, _ in spans if stop > last), default=begin)
+    if end <= begin:
+        return None
+    tokens = sum(
+        count * max(0.0, min(stop, end) - max(start, begin)) / (stop - start)
+        for start, stop, count in spans
+        if stop > start
+    )
+    return tokens / (end - begin)
+
+
+def draws(answers: list[dict], baseline: list[dict] | None) -> dict[str, Tensor]:
+    """Bootstrap draws over questions of accept_length, throughput and decode_throughput, and with a baseline
+    of speedup and decode_speedup; {} for one question, which says nothing of others.
 
     Throughput here is tokens over summed request latencies, which is the reported throughput at one request
-    at a time. The speed-up is paired: each resample takes the same questions of both arms. One question has
-    no interval.
+    at a time. The speed-ups are paired: each resample takes the same questions of both arms.
     """
     ours = {a["question"]: [a] for a in answers}
     theirs = {a["question"]: [a] for a in baseline or []}
@@ -130,17 +151,48 @@ def intervals(answers: list[dict], baseline: list[dict] | None) -> dict:
         return {}
     columns = [_sums(ours[q]) + (_sums(theirs[q]) if theirs else ()) for q in questions]
     sums = tau.resample(columns).T
-    tokens, passes, seconds = sums[:3]
-    draws = {"accept_length": tokens / passes, "throughput": tokens / seconds}
+    tokens, passes, seconds, decoded, decode_s = sums[:5]
+    result = {
+        "accept_length": tokens / passes,
+        "throughput": tokens / seconds,
+        "decode_throughput": decoded / decode_s,
+    }
     if theirs:
-        draws["speedup"] = draws["throughput"] / (sums[3] / sums[5])
+        result["speedup"] = result["throughput"] / (sums[5] / sums[7])
+        result["decode_speedup"] = result["decode_throughput"] / (sums[8] / sums[9])
+    return result
+
+
+def intervals(draws: dict[str, Tensor]) -> dict[str, list[float]]:
+    """95 % intervals of `draws`: {"accept_length": [low, high], ...}."""
     spans = {name: tau.bounds(values) for name, values in draws.items()}
     return {name: list(span) for name, span in spans.items() if span}
 
 
-def _sums(answers: list[dict]) -> tuple[float, float, float]:
-    """Tokens, verify passes, seconds."""
-    return output_tokens(answers), verify_passes(answers), sum(turn["latency_s"] for turn in turns(answers))
+def mean_draws(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Draws of the mean over tasks, of what every task has.
+
+    Tasks of one size were drawn alike, so each task's draws are shifted: those of different tasks are
+    independent.
+    """
+    names = set.intersection(*(set(draws) for draws in tasks)) if tasks else set()
+    return {
+        name: torch.stack([draws[name].roll(7 * n) for n, draws in enumerate(tasks)]).mean(0)
+        for name in sorted(names)
+    }
+
+
+def _sums(answers: list[dict]) -> tuple[float, float, float, float, float]:
+    """Tokens, verify passes, seconds; tokens and seconds after the first chunk."""
+    seconds = sum(turn["latency_s"] for turn in turns(answers))
+    return output_tokens(answers), verify_passes(answers), seconds, *_decoding(answers)
+
+
+def _decoding(answers: list[dict]) -> tuple[int, float]:
+    """Tokens after the first chunk, and the seconds that they took."""
+    long = [t for t in turns(answers) if len(t["output_ids"]) > t["first_tokens"]]
+    tokens = sum(len(t["output_ids"]) - t["first_tokens"] for t in long)
+    return tokens, sum(t["latency_s"] - t["first_s"] for t in long)
 
 
 def result_line(

@@ -3,7 +3,8 @@
     python -m evaluation.run --model models/NAME --vanilla-model models/BASE --tasks all --out results/NAME \\
         --arms baseline,vanilla:3,fastmtp:3
 
-Starts and stops a server for each arm, SGLang's or vLLM's. `--backend reference` decodes in this process
+Starts and stops a server for each arm, SGLang's or vLLM's; with --gpus N on N cards at once. --streams 1,8,32
+also measures throughput with so many requests at a time. `--backend reference` decodes in this process
 instead, on the CPU or one GPU. The baseline's first questions are asked again at the end: what changes there
 is drift, not the arms. A stopped run continues with the same command; a finished question is not asked twice.
 """
@@ -17,18 +18,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluation import asking, conditions, metrics, table
+from evaluation import asking, cards, conditions, metrics, page, streams, table
 from evaluation.answers import Answers
+from evaluation.arguments import add_arguments
+from evaluation.arms import Arm
 from evaluation.backend_vllm import VllmServer
 from evaluation.backends import BackendError, Reference, Rejected, Server
-from evaluation.plan import Arm, Plan, add_arguments
+from evaluation.plan import Plan
 from evaluation.questions import Task, question_keys
 from fastmtp.cli import Parser, at_least, run, split_at_dashes
 from fastmtp.engines import process, sglang
 from fastmtp.files import atomic, write_json, write_jsonl, write_provenance
 from fastmtp.inputs import read_json
 
-OUTPUTS = ("results.jsonl", "table.json", "table.md", "radar.png", "steps.png", "acceptance.png")
+OUTPUTS = ("results.jsonl", "table.json", "table.md", "streams.jsonl")
+OUTPUTS += ("radar.png", "steps.png", "acceptance.png", "streams.png")
 Result = tuple[Arm, Task, list[dict]]  # an arm's answers to a task
 
 
@@ -40,6 +44,12 @@ def parser() -> Parser:
         " --tasks all --out results/smollm2",
     )
     add_arguments(p)
+    p.add_argument(
+        "--streams",
+        default="",
+        metavar="N,N,...",
+        help="also measure throughput with so many requests at a time, such as 1,8,32,64",
+    )
     p.add_argument(
         "--repeat-questions",
         type=int,
@@ -55,11 +65,9 @@ def ask_all(plan: Plan, repeat_questions: int) -> tuple[list[Result], dict[str, 
     results, environments = [], {}
     with plan.answers(jobs) as kept:
         missing = [(arm, limit) for arm, limit in jobs if not _complete(plan, kept, arm, limit)]
-        for first in range(0, len(missing), plan.args.at_once):
-            group = missing[first : first + plan.args.at_once]
+        for group in _groups(plan, missing):
             with _servers(plan, [arm for arm, _ in group]) as urls:
-                for (arm, limit), url in zip(group, urls, strict=True):
-                    write_json(plan.note(arm), asyncio.run(_ask_arm(plan, kept, arm, limit, url)))
+                asyncio.run(_ask_group(plan, kept, group, urls))
         for arm, limit in jobs:
             environments[arm.name] = read_json(plan.note(arm))
             for task in plan.tasks:
@@ -77,9 +85,36 @@ def _keys(plan: Plan, task: Task, limit: int) -> list[str]:
 
 def _complete(plan: Plan, kept: dict[tuple[str, str], Answers], arm: Arm, limit: int) -> bool:
     """Whether every answer is there, so that no server need start."""
-    return plan.note(arm).exists() and all(
-        kept[arm.name, task.name].rows.keys() >= set(_keys(plan, task, limit)) for task in plan.tasks
+    return (
+        plan.note(arm).exists()
+        and not streams.missing(plan, arm)
+        and all(kept[arm.name, task.name].rows.keys() >= set(_keys(plan, task, limit)) for task in plan.tasks)
     )
+
+
+def _groups(plan: Plan, jobs: list[tuple[Arm, int]]) -> list[list[tuple[Arm, int]]]:
+    """Jobs whose servers run side by side: one per card, or --at-once of them on the one card."""
+    if plan.cards:
+        return cards.rounds(jobs, len(plan.cards))
+    size = plan.args.at_once
+    return [jobs[first : first + size] for first in range(0, len(jobs), size)]
+
+
+async def _ask_group(plan: Plan, kept: dict, group: list[tuple[Arm, int]], urls: list[str | None]) -> None:
+    """Ask a group's arms: at the same time if each has a card of its own, else one after the other."""
+
+    async def one(arm: Arm, limit: int, url: str | None) -> None:
+        write_json(plan.note(arm), await _ask_arm(plan, kept, arm, limit, url))
+
+    asking_all = [one(arm, limit, url) for (arm, limit), url in zip(group, urls, strict=True)]
+    if not plan.cards:
+        for ask in asking_all:
+            await ask
+        return
+    # An arm that fails must not take what the others still answer.
+    outcomes = await asyncio.gather(*asking_all, return_exceptions=True)
+    for error in filter(None, outcomes):
+        raise error
 
 
 async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None) -> dict:
@@ -88,7 +123,7 @@ async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None
     if url is None:
         backend = Reference(arm.model, plan.dtype, a.device, arm.tree or arm.num_steps, arm.token_map)
     elif plan.engine:
-        backend = VllmServer(url, a.timeout, alone=a.parallel == 1)
+        backend = VllmServer(url, a.timeout, alone=plan.most == 1)
     else:
         backend = Server(url, a.timeout)
     async with backend:
@@ -105,7 +140,9 @@ async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None
                 refused = refused or error
         if refused:
             raise refused
-    return conditions.environment(info, a.backend)
+        await streams.ask(backend, plan, arm)
+    card = {"card": arm.card} if plan.cards else {}
+    return conditions.environment(info, a.backend) | card
 
 
 @contextlib.contextmanager
@@ -133,13 +170,14 @@ def _servers(plan: Plan, arms: list[Arm]) -> Iterator[list[str | None]]:
 
 
 def result_lines(plan: Plan, results: list[Result], environments: dict[str, dict]) -> list[dict]:
-    """One contract line for each arm and task, against the baseline's answers to the same questions."""
-    plain = {task.name: rows for arm, task, rows in results if arm.name == "baseline"}
+    """One contract line for each arm and task, against its card's baseline on the same questions."""
+    baselines = {arm.name for arm in plan.arms if not arm.num_steps}
+    plain = {(arm.card, task.name): rows for arm, task, rows in results if arm.name in baselines}
     depends = {arm.name: plan.fingerprint(arm) for arm, _, _ in results}
     lines = []
     for arm, task, rows in results:
         asked = {row["question"] for row in rows}
-        baseline = [row for row in plain.get(task.name, []) if row["question"] in asked] or None
+        baseline = [row for row in plain.get((arm.card, task.name), []) if row["question"] in asked] or None
         config = conditions.bench_config(
             task,
             plan.files[task.name],
@@ -158,9 +196,9 @@ def result_lines(plan: Plan, results: list[Result], environments: dict[str, dict
             temperature=plan.args.temperature,
             config=config | {"dtype": plan.dtype},
             environment=environments[arm.name],
-            baseline=None if arm.name == "baseline" else baseline,
+            baseline=None if arm.name in baselines else baseline,
         )
-        if arm.name == "baseline" and line["throughput"]:
+        if arm.name in baselines and line["throughput"]:
             line["speedup"] = 1.0
         lines.append(line)
     return lines
@@ -198,9 +236,12 @@ def main(argv: list[str] | None = None) -> None:
     lines = result_lines(plan, results, environments)
     write_jsonl(plan.out / "results.jsonl", lines)
     answers = {(arm.name, task.name): rows for arm, task, rows in results}
-    report = table.build(lines, answers, {task.name: task.title for task in plan.tasks})
+    levels = streams.rows(plan)
+    if levels:
+        write_jsonl(plan.out / "streams.jsonl", levels)
+    report = table.build(lines, answers, {task.name: task.title for task in plan.tasks}, levels)
     write_json(plan.out / "table.json", report)
-    text = table.markdown(report)
+    text = page.markdown(report)
     with atomic(plan.out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     finish(plan)

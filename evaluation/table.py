@@ -1,63 +1,111 @@
 """The paper's Table 1 for any model: speed-up and accept length by arm and task, with intervals and plain
 warnings.
 
-`build` makes the JSON from contract lines and answers; `markdown` and charts.py only show it.
+`build` makes the JSON from contract lines and answers; page.py and charts.py only show it.
 """
 
 from __future__ import annotations
 
-from evaluation import metrics
+from pathlib import Path
+
+from evaluation import cards, metrics
 from evaluation.plan import REPEAT
-from fastmtp.show.markdown import grid, number
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
+MEANS = ("speedup", "decode_speedup", "accept_length", "throughput", "decode_throughput")
 FEW = 20  # questions below which an interval says little
 
 
-def build(lines: list[dict], answers: dict[tuple[str, str], list[dict]], titles: dict[str, str]) -> dict:
-    """`{"tasks", "titles", "arms", "cells": {arm: {task: {...}}}, "average": {arm: {...}}, "drift",
-    "warnings"}`.
+def build(
+    lines: list[dict],
+    answers: dict[tuple[str, str], list[dict]],
+    titles: dict[str, str],
+    streams: list[dict] | None = None,
+) -> dict:
+    """`{"tasks", "titles", "arms", "cells": {arm: {task: {...}}}, "average": {arm: {...}}, "position_rates",
+    "drift", "cards", "streams", "facts", "environment", "warnings"}`.
+
+    Baselines of other cards than the first, and baselines that were repeated, are no rows of the table.
     """
-    arms = [name for name in dict.fromkeys(line["arm"] for line in lines) if name != REPEAT]
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    repeats = [line for line in lines if line["arm"].startswith(REPEAT)]
+    plain = [line for line in lines if line not in repeats and not line["num_steps"]]
+    shown = [line for line in lines if line["num_steps"] or line["arm"] == "baseline"]
+    arms = list(dict.fromkeys(line["arm"] for line in shown))
+    tasks = list(dict.fromkeys(line["task"] for line in shown))
     cells: dict[str, dict[str, dict]] = {name: {} for name in arms}
-    for line in lines:
-        if line["arm"] != REPEAT:
-            cells[line["arm"]][line["task"]] = _cell(line, answers)
-    average = {
-        name: {
-            key: _mean(cell[key] for cell in cells[name].values())
-            for key in ("speedup", "accept_length", "throughput")
-        }
-        for name in arms
-    }
+    average = {}
+    for name in arms:
+        draws = []
+        for line in (line for line in shown if line["arm"] == name):
+            cells[name][line["task"]], drawn = _cell(line, answers, lines)
+            draws.append(drawn)
+        average[name] = {key: _mean(cell[key] for cell in cells[name].values()) for key in MEANS}
+        average[name]["intervals"] = metrics.intervals(metrics.mean_draws(draws))
     pooled = {
         name: metrics.position_rates(
             [a for task in tasks for a in answers[name, task]], cells[name][tasks[0]]["num_steps"]
         )
         for name in arms
     }
-    drift = {line["task"]: line["speedup"] - 1 for line in lines if line["arm"] == REPEAT and line["speedup"]}
+    drift: dict[str, float] = {}
+    for line in repeats:  # of several cards the one that drifted most
+        if line["speedup"] and abs(line["speedup"] - 1) >= abs(drift.get(line["task"], 0)):
+            drift[line["task"]] = line["speedup"] - 1
     report = {"tasks": tasks, "titles": titles, "arms": arms, "cells": cells, "average": average}
-    report |= {"position_rates": pooled, "drift": drift}
-    return report | {"environment": lines[0]["environment"], "warnings": warnings(lines, drift)}
+    report |= {"position_rates": pooled, "drift": drift, "cards": _cards(plain), "streams": streams or []}
+    report |= {"facts": facts(lines[0]), "environment": lines[0]["environment"]}
+    return report | {"warnings": warnings(lines, drift)}
 
 
-def _cell(line: dict, answers: dict[tuple[str, str], list[dict]]) -> dict:
-    rows = answers[line["arm"], line["task"]]
-    plain = None if line["arm"] == "baseline" else answers.get(("baseline", line["task"]))
-    shown = (
-        "num_questions",
-        "num_steps",
-        "output_tokens",
-        "throughput",
-        "decode_throughput",
-        "accept_length",
-        "speedup",
-    )
-    return {key: line[key] for key in (*shown, "position_rates", "lossless")} | {
-        "intervals": metrics.intervals(rows, plain)
-    }
+def _cell(line: dict, answers: dict[tuple[str, str], list[dict]], lines: list[dict]) -> tuple[dict, dict]:
+    """An arm's figures of a task, and the bootstrap draws that its intervals come from."""
+    rows, plain = answers[line["arm"], line["task"]], None
+    baseline = cards.named("baseline", line["environment"].get("card", 0))
+    if line["num_steps"]:
+        plain = answers.get((baseline, line["task"]))
+    keys = ("num_questions", "num_steps", "output_tokens", "throughput", "decode_throughput", "accept_length")
+    cell = {key: line[key] for key in (*keys, "speedup", "position_rates", "lossless")}
+    draws = metrics.draws(rows, plain)
+    before = metrics.decode_throughput(plain) if plain else None
+    now = line["decode_throughput"]
+    cell["decode_speedup"] = now / before if now and before else 1.0 if line["arm"] == "baseline" else None
+    return cell | {"intervals": metrics.intervals(draws)}, draws
+
+
+def _cards(plain: list[dict]) -> dict[str, float]:
+    """Card -> mean over tasks of its baseline's tokens per second; {} if there was one card."""
+    rates: dict[str, list[float]] = {}
+    for line in plain:
+        if line["throughput"] and "card" in line["environment"]:
+            rates.setdefault(str(line["environment"]["card"]), []).append(line["throughput"])
+    means = {card: sum(values) / len(values) for card, values in rates.items()}
+    return means if len(means) > 1 else {}
+
+
+def facts(line: dict) -> list[str]:
+    """What was real, what simulated, and how tokens were chosen, each a sentence."""
+    depends, model = line["config"]["fingerprint"], Path(line["model"]).name
+    simulated = []
+    if depends.get("--load-format") == "dummy":
+        simulated.append("the weights (random)")
+    if depends.get("SGLANG_SIMULATE_ACC_LEN"):
+        length = depends["SGLANG_SIMULATE_ACC_LEN"]
+        simulated.append(f"the accept length (SGLANG_SIMULATE_ACC_LEN={length}), and so the text")
+    if simulated:
+        said = [f"Simulated: {'; '.join(simulated)}. Real: the times, measured by the client."]
+    else:
+        said = [
+            f"Real: the weights of {model}, the questions, every answer, and every time, measured by the "
+            "client. Simulated: nothing."
+        ]
+    if line["temperature"]:
+        used = [f"temperature {line['temperature']:g}"]
+        used += [f"top-k {depends['top_k']}"] if depends.get("top_k") else []
+        used += [f"top-p {depends['top_p']:g}"] if depends.get("top_p", 1.0) < 1 else []
+        said.append(
+            f"Sampled at {', '.join(used)}: same distribution, not the same text, so no texts are compared."
+        )
+    return said
 
 
 def _mean(values) -> float | None:
@@ -79,11 +127,11 @@ def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
     elif not drift:
         reasons.append("The baseline was not repeated: drift is unknown.")
     config = lines[0]["config"]
-    if config["parallel"] > 1:
+    if config.get("parallel", 1) > 1:
         reasons.append(
             f"{config['parallel']} requests in flight: speed-ups are not the single-stream ones of the paper."
         )
-    few = min(line["num_questions"] for line in lines if line["arm"] != REPEAT)
+    few = min(line["num_questions"] for line in lines if not line["arm"].startswith(REPEAT))
     if few < FEW:
         reasons.append(f"Only {few} questions in at least one task: read the intervals, not the averages.")
     for line in lines:
@@ -98,94 +146,3 @@ def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
         else:
             reasons.append(f"{text}; python -m evaluation.lossless tells rounding from wrong tokens.")
     return reasons
-
-
-def markdown(report: dict) -> str:
-    titles = report["titles"]
-    environment = report["environment"]
-    place = environment["gpu"] or "CPU"
-    versions = environment["versions"]
-    engines = {"sglang": ("SGLang", "sglang"), "vllm": ("vLLM", "vllm")}
-    name, package = engines.get(environment["backend"], ("torch", "torch"))
-    engine = f"{name} {versions.get(package)}"
-    head = ["arm", *(titles[name] for name in report["tasks"]), "average"]
-    rows = []
-    for name in report["arms"]:
-        cells = [_short(report["cells"][name][task]) for task in report["tasks"]]
-        rows.append([name, *cells, _short(report["average"][name])])
-    detail_head = [
-        "arm",
-        "task",
-        "questions",
-        "accept length (95 %)",
-        "tok/s (95 %)",
-        "decode tok/s",
-        "speed-up (95 %)",
-    ]
-    detail_head += ["identical", "accepted at position 1, 2, ..."]
-    details = [
-        _detail(name, titles[task], report["cells"][name][task])
-        for name in report["arms"]
-        for task in report["tasks"]
-    ]
-    parts = [
-        "# Speed and accept length",
-        f"{place}, {engine}, {environment['settings'].get('dtype')}, {environment['finished']}. "
-        "Speed-up (accept length); baseline in tokens/s, end to end. Averages are means over tasks.",
-        grid(head, rows),
-    ]
-    if report["warnings"]:
-        parts += ["**Be careful:**", "\n".join(f"- {text}" for text in report["warnings"])]
-    parts += [" ".join(f"![{text}]({name})" for name, text in pictures(report).items())]
-    parts += ["## Detail", grid(detail_head, details)]
-    if report["drift"]:
-        changes = ", ".join(f"{titles[task]} {change:+.1%}" for task, change in report["drift"].items())
-        parts.append(f"Baseline asked again at the end, change in tokens/s: {changes}.")
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def pictures(report: dict) -> dict[str, str]:
-    """Names of the pictures that this table has something to show in, and what they show."""
-    arms = [name for name in report["arms"] if name != "baseline"]
-    names = {"radar.png": "speed-up by task"} if arms and _all_speedups(report, arms) else {}
-    both = {"steps.png": "accept length and speed by draft steps", "acceptance.png": "acceptance by position"}
-    return names | (both if arms else {})
-
-
-def _all_speedups(report: dict, arms: list[str]) -> bool:
-    return all(report["average"][name]["speedup"] for name in arms)
-
-
-def _short(cell: dict) -> str:
-    plain = cell["accept_length"] is None or cell["accept_length"] == 1.0
-    if cell["speedup"] is None or (plain and cell["speedup"] == 1.0):
-        return f"{number(cell['throughput'], '.1f')} tok/s" + (
-            "" if plain else f" ({cell['accept_length']:.2f})"
-        )
-    return f"{cell['speedup']:.2f}x ({number(cell['accept_length'], '.2f')})"
-
-
-def _detail(name: str, title: str, cell: dict) -> list[str]:
-    spans = cell["intervals"]
-    lossless = cell["lossless"]
-    return [
-        name,
-        title,
-        str(cell["num_questions"]),
-        _spanned(cell["accept_length"], spans.get("accept_length"), ".2f") if cell["num_steps"] else "1",
-        _spanned(cell["throughput"], spans.get("throughput"), ".1f"),
-        number(cell["decode_throughput"], ".1f"),
-        _spanned(cell["speedup"], spans.get("speedup"), ".2f"),
-        f"{lossless['identical']}/{lossless['questions']}" if lossless else "",
-        _rates(cell["position_rates"]),
-    ]
-
-
-def _rates(rates: list[float] | None) -> str:
-    return "-" if rates is None else " ".join(f"{rate:.2f}" for rate in rates)
-
-
-def _spanned(value: float | None, span: list[float] | None, form: str) -> str:
-    if value is None or span is None:
-        return number(value, form)
-    return f"{value:{form}} ({span[0]:{form}} to {span[1]:{form}})"

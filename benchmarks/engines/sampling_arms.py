@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation import backends
@@ -77,11 +76,9 @@ class Vllm:
         flags = ["--dtype", self.dtype, "--max-num-seqs", str(AT_ONCE), "--max-model-len", "256"]
         flags = merged([*flags, "--enforce-eager"], args.flags)
         steps, token_map = args.num_steps if arm.drafts else 0, args.token_map if arm.mapped else None
-        line = vllm.command(Serving(args.model, steps, token_map, port=port, flags=flags), self.engine)
-        if arm.drafts == "sampled":
-            place = line.index("--speculative-config") + 1
-            sampled = {"draft_sample_method": "probabilistic", "use_local_argmax_reduction": False}
-            line[place] = json.dumps(json.loads(line[place]) | sampled)
+        sampled = arm.drafts == "sampled"
+        serving = Serving(args.model, steps, token_map, port=port, flags=flags, sampled=sampled)
+        line = vllm.command(serving, self.engine)
         env = vllm.environment(self.engine, args.model)
         env |= plant(folder) if arm.name == PLANTED else {}
         ready = vllm.ready_lines(read_json(Path(args.model) / "config.json"), steps, token_map)
@@ -108,12 +105,14 @@ class SGLang:
         steps, token_map = args.num_steps if arm.drafts else 0, args.token_map if arm.mapped else None
         own = ["--dtype", self.dtype, "--random-seed", str(number), "--mem-fraction-static", "0.7"]
         own += ["--context-length", "256", *streams(AT_ONCE), *MEASURED]
-        if arm.drafts == "sampled":
-            own.append("--speculative-use-rejection-sampling")
-            if token_map:  # SGLang's own map does not know how; our draft model does
-                env = sglang.vocab_environment(f"map={token_map}", "fixed:map", args.model, folder / "map.pt")
-                token_map, ready = None, [sglang.VOCAB_READY]
-        line = sglang.command(Serving(args.model, steps, token_map, port=port, flags=merged(own, args.flags)))
+        sampled = arm.drafts == "sampled"
+        serving = Serving(args.model, steps, port=port, flags=merged(own, args.flags), sampled=sampled)
+        if sampled and token_map:  # SGLang's own map gives no distribution; our draft model does
+            env = sglang.vocab_environment(f"map={token_map}", "fixed:map", args.model, folder / "map.pt")
+            ready = [sglang.VOCAB_READY]
+        else:
+            serving = replace(serving, token_map=token_map)
+        line = sglang.command(serving)
         if arm.name == PLANTED:
             line += ACCEPT_ANY
         return process.Server(line, port, log, env=env), ready

@@ -15,6 +15,7 @@ class Serving:
 
     token_map: the draft vocabulary's file; token_maps ("en=PATH,zh=PATH") follow the requests' languages.
     adaptive: SGLang changes the number of steps while it runs, by its own table or that of the file `table`.
+    sampled: drafts are drawn from the head's distribution, not its likeliest token; for temperatures above 0.
     tp: GPUs to split the model over. flags: the engine's own, which override what we choose.
     """
 
@@ -29,3 +30,4 @@ class Serving:
     host: str = HOST
     port: int = 30000
     flags: Sequence[str] = ()
+    sampled: bool = False

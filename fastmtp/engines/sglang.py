@@ -239,10 +239,27 @@ def command(serving: Serving, backend: str | None = None) -> list[str]:
     parts = [*chosen(serving), "--tp-size", str(serving.tp)]
     attention = backend or attention_backend()
     parts += ["--attention-backend", attention, "--sampling-backend", "pytorch"]
+    parts += sampled_drafts(serving) if serving.sampled else []
     if serving.num_steps and attention == "fa3":
         # With fa3 SGLang 0.5.17 runs the draft's extension without a CUDA graph.
         parts += ["--speculative-draft-attention-backend", "triton"]
     return [sys.executable, "-m", "sglang.launch_server", *merged(parts, canonical(serving.flags))]
+
+
+def sampled_drafts(serving: Serving) -> list[str]:
+    """The flag for sampled drafts. InputError for what SGLang refuses together with it."""
+    if serving.tree:
+        raise InputError("sampled drafts with a tree: SGLang draws chains alone; leave one out")
+    if serving.token_map:
+        raise InputError(
+            "sampled drafts with --token-map: SGLang's own map gives no distribution; use --token-maps"
+        )
+    if "--enable-deterministic-inference" in values(canonical(serving.flags)):
+        raise InputError(
+            "sampled drafts with --enable-deterministic-inference, which float32 needs: SGLang refuses them "
+            "together; use bfloat16, or greedy drafts"
+        )
+    return ["--speculative-use-rejection-sampling"]
 
 
 def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> dict[str, str]:

@@ -146,7 +146,9 @@ def command(serving: Serving, engine: Engine | None = None) -> list[str]:
     parts += ["--tensor-parallel-size", str(serving.tp)]
     if num_steps:
         drafts = {"method": "mtp", "num_speculative_tokens": num_steps}
-        if token_map:
+        if serving.sampled:
+            drafts["draft_sample_method"] = "probabilistic"
+        elif token_map:
             drafts["use_local_argmax_reduction"] = True  # greedy drafts: the map's rows alone
         parts += ["--speculative-config", json.dumps(drafts)]
     if token_map:

@@ -73,7 +73,11 @@ def test_the_planted_error_is_a_plugin_that_vllm_finds(tmp_path, monkeypatch):
 def test_sglang_is_started_for_each_way_of_drafting(tmp_path, monkeypatch):
     lines = {}
     monkeypatch.setattr(sglang, "sglang_version", lambda: "0.5.17")
-    monkeypatch.setattr(sglang, "command", lambda s: [str(s.num_steps), str(s.token_map), *s.flags])
+    monkeypatch.setattr(
+        sglang,
+        "command",
+        lambda s: [str(s.num_steps), str(s.token_map), *map(str, s.flags), *["sampled"] * s.sampled],
+    )
     monkeypatch.setattr(sglang, "vocab_environment", lambda *_: {"FASTMTP_DRAFT_VOCAB": "map.pt"})
     args = SimpleNamespace(num_steps=3, token_map="en.pt", model="m", flags=[])
     engine = sampling_arms.SGLang()
@@ -83,7 +87,7 @@ def test_sglang_is_started_for_each_way_of_drafting(tmp_path, monkeypatch):
         ours = arm.name == "sampled drafts, map"
         assert ready == ([sglang.VOCAB_READY] if ours else [])
         assert (server.env.get("FASTMTP_DRAFT_VOCAB") == "map.pt") == ours
-        assert ("--speculative-use-rejection-sampling" in server.argv) == arm.name.startswith("sampled")
+        assert ("sampled" in server.argv) == arm.name.startswith("sampled")
         assert (server.argv[-4:] == sampling_arms.ACCEPT_ANY) == (arm.name == PLANTED)
     assert lines["plain"][:2] == ["0", "None"] and lines["greedy drafts, map"][:2] == ["3", "en.pt"]
     assert lines["sampled drafts, map"][:2] == ["3", "None"]  # SGLang's own map cannot

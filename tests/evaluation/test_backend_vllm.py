@@ -41,14 +41,21 @@ def chunks(ids, metrics=None, finish="length"):
 
 def ask(answer, counters=(), **options):
     """The Turn that a stand-in's chunks become. counters: /metrics before and after."""
-    bodies, counters = [], list(counters)
+    info, (turn,), bodies, _ = ask_in_turn([answer], counters, **options)
+    return info, turn, bodies[0]
+
+
+def ask_in_turn(answers, counters=(), **options):
+    """Turns of answers to questions one after the other, and how many of `counters` were not read."""
+    bodies, counters, answers = [], list(counters), list(answers)
 
     async def models(_):
         return web.json_response({"data": [{"id": "m", "root": "/models/m", "max_model_len": 64}]})
 
     async def completions(request):
         bodies.append(await request.json())
-        text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in answer) + "data: [DONE]\n\n"
+        chunks_ = answers[len(bodies) - 1]
+        text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks_) + "data: [DONE]\n\n"
         return web.Response(text=text, content_type="text/event-stream")
 
     async def metrics(_):
@@ -64,10 +71,11 @@ def ask(answer, counters=(), **options):
         app.router.add_get("/metrics", metrics)
         app.router.add_post("/v1/completions", completions)
         async with TestServer(app) as stand_in, VllmServer(str(stand_in.make_url("/")), **options) as server:
-            return await server.info(), await server.ask([1, 2, 3], 5, temperature=0.6, seed=7)
+            sampling = {"temperature": 0.6, "seed": 7, "top_k": 20, "top_p": 0.95}
+            return await server.info(), [await server.ask([1, 2, 3], 5, **sampling) for _ in answers]
 
-    info, turn = asyncio.run(run())
-    return info, turn, bodies[0]
+    info, turns = asyncio.run(run())
+    return info, turns, bodies, len(counters)
 
 
 def exposition(drafts, *accepted):
@@ -86,7 +94,7 @@ def test_an_answer_with_its_own_counts():
     assert turn.first_tokens == 1 and 0 < turn.first_s <= turn.latency_s
     assert body["prompt"] == [1, 2, 3] and body["return_token_ids"] and body["seed"] == 7
     # what the folder's generation_config.json would change
-    assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (1.0, 0, 1.0)
+    assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (0.95, 20, 1.0)
 
 
 def test_counters_tell_one_answers_passes_while_nobody_else_asks():
@@ -95,6 +103,21 @@ def test_counters_tell_one_answers_passes_while_nobody_else_asks():
     assert (turn.verify_passes, turn.histogram) == (2, [1, 0, 1])
     with pytest.raises(BackendError, match="does somebody else ask"):
         ask(chunks([5, 6, 7, 8, 9]), [exposition(10, 6, 2), exposition(22, 7, 3)])
+
+
+def test_a_reading_of_the_counters_ends_one_answer_and_begins_the_next():
+    five = list(chunks([5, 6, 7, 8, 9]))
+    counters = [exposition(10, 6, 2), exposition(12, 7, 3), exposition(16, 7, 3), "not read"]
+    _, turns, _, left = ask_in_turn([five, five], counters)
+    assert [turn.histogram for turn in turns] == [[1, 0, 1], [4, 0, 0]] and left == 1
+
+
+def test_counters_are_not_read_from_servers_that_say_more_or_draft_nothing():
+    own = list(chunks([5, 6, 7, 8], {"acceptance_histogram": [1, 0, 1], "per_step_accepted": [0, 2]}))
+    _, turns, _, left = ask_in_turn([own] * 3, [exposition(10, 6, 2)] * 3)
+    assert [turn.verify_passes for turn in turns] == [2, 2, 2] and left == 2  # none after the first answer
+    plain = list(chunks([5, 6]))
+    assert ask_in_turn([plain] * 3, ["", "", ""])[3] == 2
 
 
 def test_a_server_that_does_not_draft():

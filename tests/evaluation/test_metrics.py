@@ -110,16 +110,16 @@ def test_intervals_hold_the_estimate_narrow_with_questions_and_do_not_change():
         tokens = 20 + n % 7
         many.append(answer(f"q{n}", turn(tokens, 8, [2, 3, 2, 1], latency=1.0 + 0.01 * (n % 5))))
     plain = [answer(f"q{n}", turn(20 + n % 7, latency=2.0)) for n in range(60)]
-    spans = metrics.intervals(many, plain)
+    spans = metrics.intervals(metrics.draws(many, plain))
     low, high = spans["accept_length"]
     assert low < metrics.accept_length(many) < high
     assert high - low < 0.2
     low, high = spans["speedup"]
     assert low < 2.0 / 1.02 < high and high - low < 0.05
-    assert spans == metrics.intervals(many, plain)
-    wide = metrics.intervals(few, PLAIN)["accept_length"]
+    assert spans == metrics.intervals(metrics.draws(many, plain))
+    wide = metrics.intervals(metrics.draws(few, PLAIN))["accept_length"]
     assert wide[0] == pytest.approx(13 / 6) and wide[1] == pytest.approx(9 / 4)
-    assert metrics.intervals(SPEC[:1], PLAIN) == {}
+    assert metrics.draws(SPEC[:1], PLAIN) == {}
 
 
 @pytest.mark.parametrize("histogram", [[], [0, 0, 0, 0], [1, 0, 0], [0, 0, 0, 5]])
@@ -144,5 +144,5 @@ def test_answers_without_a_token_are_neither_lossless_nor_a_number():
     made = line(empty, num_steps=0, baseline=empty)
     assert made["lossless"] == {"reference": "baseline", "questions": 0, "identical": 0, "share": None}
     assert (made["throughput"], made["speedup"], made["accept_length"]) == (None, None, None)
-    json.dumps([made, metrics.intervals(empty, empty)], allow_nan=False)
+    json.dumps([made, metrics.intervals(metrics.draws(empty, empty))], allow_nan=False)
     assert metrics.identical([answer("a", turn(0))], [answer("a", turn(2))])["identical"] == 0

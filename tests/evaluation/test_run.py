@@ -16,10 +16,11 @@ from helpers.stand_in import free_port
 from helpers.tiny import chatml_tokenizer
 
 from evaluation import agreement, charts, lossless, plan, run, table
-from evaluation.plan import REPEAT, parse_arms
+from evaluation.arms import parse_arms
+from evaluation.plan import REPEAT
 from fastmtp import checkpoint
 from fastmtp.cli import InputError
-from fastmtp.engines import sglang
+from fastmtp.engines import process, sglang
 from fastmtp.files import check_output
 from fastmtp.reference import model as model_module
 from fastmtp.reference import speculative
@@ -215,6 +216,45 @@ def test_a_tree_arm_is_served_and_never_taken_for_another_tree(model, questions,
         tree = {"topk": 4, "depth": 3, "nodes": int(nodes)}
         assert line["num_steps"] == 3 and line["config"]["fingerprint"]["tree"] == tree
     assert started[0][started[0].index("--speculative-num-draft-tokens") + 1] == "16"
+
+
+def test_two_cards_and_two_levels_of_streams(model, questions, started, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    devices, begin = [], process.Server.start
+
+    def start(server):
+        devices.append(server.env["CUDA_VISIBLE_DEVICES"])
+        begin(server)
+
+    monkeypatch.setattr(process.Server, "start", start)
+    more = ["--arms", "baseline,fastmtp:1,fastmtp:3", "--tasks", "nq_qa,nq_rag,cnn_dm", "--gpus", "2"]
+    more += ["--repeat-questions", "2", "--streams", "1,4", "--port", str(free_port())]
+    out = tmp_path / "out"
+    run.main(arguments(model, questions, out, *more))
+    assert devices == ["3", "5"] * 3  # baselines, arms, baselines again
+    for line in started:
+        assert line[line.index("--max-running-requests") + 1] == "4"
+    lines = {(x["arm"], x["task"]): x for x in read(out / "results.jsonl")}
+    two = lines["fastmtp:3", "nq_qa"]
+    assert two["environment"]["card"] == 1 and two["config"]["fingerprint"]["card"] == 1
+    ours = lines["baseline_gpu1", "nq_qa"]["throughput"]
+    assert two["speedup"] == pytest.approx(two["throughput"] / ours)
+    report = json.loads((out / "table.json").read_text())
+    assert report["arms"] == ["baseline", "fastmtp:1", "fastmtp:3"] and set(report["cards"]) == {"0", "1"}
+    levels = {(x["arm"], x["streams"]): x for x in read(out / "streams.jsonl")}
+    assert set(levels) == {(a, n) for a in report["arms"] for n in (1, 4)}
+    assert levels["fastmtp:3", 4]["accept_length"] > levels["fastmtp:1", 4]["accept_length"] > 1
+    assert levels["baseline", 4]["throughput"] > levels["baseline", 1]["throughput"]
+    assert (out / "streams.png").stat().st_size > 0 and "at a time" in (out / "table.md").read_text()
+
+    # Again: nothing is asked. A level that was lost is measured again, on the arm's own card.
+    run.main(arguments(model, questions, out, *more))
+    (out / "streams" / "fastmtp-3" / "4.json").unlink()
+    run.main(arguments(model, questions, out, *more))
+    assert devices[6:] == ["5"]
+    more[more.index("2")] = "1"
+    with pytest.raises(InputError, match="made under other settings .card: 0 -> none"):
+        run.main(arguments(model, questions, out, *more))
 
 
 def test_a_server_that_dies_at_start_shows_its_last_lines(model, questions, monkeypatch, tmp_path):
