@@ -111,7 +111,9 @@ def commands() -> str:
     """The page of all commands, each with what its parser prints for `--help`."""
     sections = [
         "# Commands",
-        "Every command runs as `fastmtp NAME` or as `python -m MODULE`. This page is their own `--help`.",
+        "Every command runs as `fastmtp NAME` or as `python -m MODULE`. Installed, it runs from any folder: "
+        "recipes, prompts and token maps of the project are found by the names used here, such as "
+        "`configs/quickstart.yaml`. What follows is printed by `--help`.",
     ]
     for name, command in COMMANDS.items():
         module = importlib.import_module(command.module)

@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
+from helpers.blocks import NOT_RUN, RUN, blocks, pages
 
 from fastmtp import cli, distill, train
 from fastmtp.data.recipe import HEAD_KEYS
@@ -158,3 +160,23 @@ def test_no_message_sends_users_to_the_package_index_for_this_project():
     sources = [p for pattern in (*DOCUMENTS, *SOURCES) for p in REPOSITORY.glob(pattern)]
     wrong = re.compile(r"pip install (?!-)[^\n]*\bfastmtp\b")
     assert [str(p) for p in sources if wrong.search(p.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_a_block_of_commands_is_run_or_says_why_not(page):
+    """tests/docs/test_blocks.py runs the others."""
+    allowed = {*NOT_RUN} | ({None} if page.name in RUN else set())
+    wrong = [block.line for block in blocks(page) if block.language == "sh" and block.not_run not in allowed]
+    assert wrong == [], f"{page.name}: write <!-- not run: REASON --> above, or add the page to RUN"
+
+
+def test_every_page_has_a_place_on_the_site():
+    kinds = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    entries = [
+        entry
+        for kind in kinds
+        for value in kind.values()
+        for entry in ([value] if isinstance(value, str) else value)
+    ]
+    listed = {entry if isinstance(entry, str) else next(iter(entry.values())) for entry in entries}
+    assert listed == {page.name for page in pages()[1:]} | {"cli.md"}  # made when the site is built
