@@ -90,6 +90,8 @@ def run(words: list[str], place: Path) -> None:
         words = words[1:]
     if words[:2] == ["sh", "scripts/sft.sh"]:
         words = ["python", "-m", "fastmtp.train", *words[2:]]
+    if words[0] == "fastmtp":
+        words = ["python", "-m", cli.COMMANDS[words[1]].module, *words[2:]]
     assert words[:2] == ["python", "-m"], f"this test cannot run {words}; mark its block as not run"
     module, words = words[2], [*words[3:], *ADDED.get(words[2], "").split()]
     if module == "fastmtp.train":  # it starts processes of its own

@@ -19,7 +19,8 @@ NOT_RUN = {
     "needs vLLM": "tests/engines/test_vllm_real.py",
     "needs minutes of two cores": ".ci/run",
 }
-RUN = ("data.md", "train.md", "stale_head.md", "engines.md", "language.md")  # in this order, in one folder
+# The pages whose blocks a test runs, in this order, in one folder
+RUN = ("data.md", "train.md", "stale_head.md", "engines.md", "language.md", "your_model.md")
 FENCE = re.compile(r"(?:^<!-- not run: (.*?) -->\n)?^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 
 
