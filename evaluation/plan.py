@@ -19,7 +19,7 @@ from evaluation.conditions import check_numbers, context_of
 from evaluation.questions import Task, load_questions
 from evaluation.tasks import TASKS as TASKS
 from evaluation.tasks import parse_tasks
-from fastmtp import checkpoint
+from fastmtp import checkpoint, hub
 from fastmtp.cli import InputError, at_least
 from fastmtp.engines import sglang, vllm
 from fastmtp.engines.address import check_port
@@ -74,12 +74,12 @@ class Plan:
         check_port(args.port, max(args.at_once, args.gpus))
         if args.gpus > 1 and args.at_once > 1:
             raise InputError("--at-once with --gpus: with one server a card there is nothing to share")
-        existing(args.model, "model folder")
+        args.model = str(hub.model(args.model))
         self.args, self.out = args, Path(args.out)
         self.flags = canonical(flags) if args.backend == "sglang" else flags
         self._fingerprints: dict[str, dict[str, object]] = {}
         if args.vanilla_model:
-            existing(args.vanilla_model, "vanilla model folder")
+            args.vanilla_model = str(hub.model(args.vanilla_model, what="vanilla model folder"))
         self.streams = levels(getattr(args, "streams", ""))
         self.most = max(args.parallel, *self.streams, 1)  # requests in flight
         if self.streams and args.parallel > 1:
