@@ -84,14 +84,15 @@ def text_field(row: dict, name: str, place: str) -> str | None:
     return str(value)
 
 
-def check_ids(ids: object, name: str, place: str) -> list[int]:
-    """`ids`, known to be a list of token ids. Raises InputError for anything but whole numbers from 0."""
+def check_ids(ids: object, name: str, place: str, vocab_size: int = 1 << 31) -> list[int]:
+    """`ids`, known to be a list of whole numbers from 0 to vocab_size - 1. InputError if it is not."""
     if not isinstance(ids, list):
         raise InputError(f"{place}: '{name}' must be a list of token ids, not {_kind(ids)}; fix this line")
     for value in ids:
-        if type(value) is not int or not 0 <= value < 1 << 31:
+        if type(value) is not int or not 0 <= value < vocab_size:
             raise InputError(
-                f"{place}: '{name}' holds {value!r:.40}, which is no token id; fix or remove this line"
+                f"{place}: '{name}' holds {value!r:.40}, which is no token id below {vocab_size}; "
+                "fix this line, or distil with this model"
             )
     return ids
 

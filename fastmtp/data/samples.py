@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastmtp.chat import IGNORE, encode_chat, exact_ids
 from fastmtp.cli import InputError
-from fastmtp.data.messages import ROLES, text_field
+from fastmtp.data.messages import ROLES, check_ids, text_field
 from fastmtp.inputs import read_jsonl
 
 
@@ -33,7 +33,9 @@ def read_samples(path: str | Path, vocab_size: int, limit: int | None = None, to
         if tokenizer is not None and row.get("output_ids") is None and answered:
             row = {**row, **last_answer(tokenizer, messages, place)}
         for name in ("prompt_ids", "output_ids"):
-            check_ids(row.get(name), name, vocab_size, place)
+            if not row.get(name):
+                raise InputError(f"{place}: no `{name}`; give distilled samples (python -m fastmtp.distill)")
+            check_ids(row[name], name, place, vocab_size)
         if tokenizer is not None and answered:
             _check_spelling(tokenizer, row["output_ids"], messages[-1], place)
         samples.append({**row, **labels})
@@ -48,18 +50,6 @@ def check_measurable(path: str | Path, samples: list[dict]) -> None:
     """InputError if no answer has a second token: then nothing is verified, and tau is unknown."""
     if all(len(sample["output_ids"]) < 2 for sample in samples):
         raise InputError(f"{path}: no answer has two tokens, so nothing is drafted; give longer answers")
-
-
-def check_ids(ids: object, name: str, vocab_size: int, place: str) -> None:
-    """InputError unless `ids` is a list, not empty, of whole numbers from 0 to vocab_size - 1."""
-    if not isinstance(ids, list) or not ids:
-        raise InputError(f"{place}: no `{name}`; give distilled samples (python -m fastmtp.distill)")
-    wrong = next((i for i in ids if type(i) is not int or not 0 <= i < vocab_size), None)
-    if wrong is not None or None in ids:
-        raise InputError(
-            f"{place}: `{name}` has {str(wrong)[:40]!r}, outside the model's {vocab_size} tokens; "
-            "distil with this model"
-        )
 
 
 def last_answer(tokenizer, messages: list[dict], place: str) -> dict[str, list[int]]:
@@ -98,7 +88,7 @@ def check_answers(tokenizer, messages: list[dict], place: str) -> None:
     for message in messages:
         ids = exact_ids(message)
         if ids is not None:
-            check_ids(ids, "token_ids", len(tokenizer), place)
+            check_ids(ids, "token_ids", place, len(tokenizer))
             _check_spelling(tokenizer, ids, message, place, "token_ids")
 
 

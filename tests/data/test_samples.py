@@ -24,7 +24,7 @@ def write(path, *rows):
 @pytest.mark.parametrize("name", ["prompt_ids", "output_ids"])
 def test_ids_are_whole_numbers_of_the_model(tmp_path, name, ids, tokenizer):
     path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, name: ids})
-    with pytest.raises(InputError, match=f"s.jsonl:2: .*`{name}`"):
+    with pytest.raises(InputError, match=f"s.jsonl:2: .*[`']{name}[`']"):
         read_samples(path, 320, tokenizer=tokenizer)
 
 
