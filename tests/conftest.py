@@ -49,3 +49,10 @@ def questions(tmp_path):
     turns = [[f"what is w{n}", "what is red"] for n in range(6, 11)]
     (folder / "mt_bench.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns))
     return folder
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """Distillation does not wait before it asks a server again."""
+    monkeypatch.setattr("fastmtp.data.servers.PULSE", 0.0)
+    monkeypatch.setattr("fastmtp.data.servers.BACKOFF", 0.01)

@@ -13,8 +13,8 @@ from helpers.stand_in import StandIn
 
 from fastmtp import distill, files
 from fastmtp.cli import InputError
-from fastmtp.data import servers as distill_servers
 
+pytestmark = pytest.mark.usefixtures("hurry")
 WAYS = ["server", "in process"]
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
 END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -32,12 +32,6 @@ TURN_BY_TURN = checked(
 )
 BROKEN = checked("{% if 'x' in m['content'] %}{{ m['tools']['first'].name }}{% endif %}")
 DEAF = "{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + END
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    monkeypatch.setattr(distill_servers, "PULSE", 0.0)
-    monkeypatch.setattr(distill_servers, "BACKOFF", 0.01)
 
 
 @pytest.fixture
