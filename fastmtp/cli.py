@@ -47,6 +47,9 @@ COMMANDS = {
     "acceptance": Command(
         "fastmtp.acceptance", "accept length (tau) and per-position rates from one teacher-forced pass"
     ),
+    "plan": Command(
+        "fastmtp.plan", "which steps, tree and map bring the most, from your answers and your card's costs"
+    ),
     "serve": Command("fastmtp.serve", "start a server with the head's drafts and wait until it answers"),
     "doctor": Command(
         "fastmtp.doctor", "will this model folder, or this server, work? one page says why not"

@@ -3,6 +3,7 @@
     python -m fastmtp.serve --model models/smollm2-fastmtp --num-steps 3 --token-map vocab/smollm2/en_32k.pt
     python -m fastmtp.serve --model models/mimo-7b-fastmtp --token-maps en=EN_32K.pt,zh=ZH_32K.pt
     python -m fastmtp.serve --model models/smollm2-fastmtp --tree 4,3,16
+    python -m fastmtp.serve --model models/mimo-7b-fastmtp --plan plan.json
     python -m fastmtp.serve --model models/smollm2-fastmtp --engine vllm
 
 The command line is built for the engine that is installed (SGLang 0.5.17 or later; vLLM 0.25.1 or later, its
@@ -19,7 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastmtp import hub
@@ -30,7 +31,9 @@ from fastmtp.engines.address import HOST
 from fastmtp.engines.process import Server, ServerError
 from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang import VOCAB_READY, command, sglang_version, vocab_environment
+from fastmtp.engines.sglang_flags import canonical, merged
 from fastmtp.inputs import read_json, shipped
+from fastmtp.planning.plan_file import Plan, read_plan, write_steps
 from fastmtp.trees.tree import DynamicTree
 from fastmtp.trees.tree_file import parse
 
@@ -78,6 +81,12 @@ def parser() -> Parser:
         metavar="auto|fixed:NAME|union",
         help="which of --token-maps is used when (default auto)",
     )
+    p.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="serve with the steps, tree and map that fastmtp.plan chose; with --adaptive its steps for each "
+        "number of requests (SGLang only)",
+    )
     p.add_argument("--no-spec", action="store_true", help="plain decoding, the baseline")
     p.add_argument("--tp", type=int, default=1, help="GPUs to split the model over (default %(default)s)")
     p.add_argument("--host", default=HOST, help="address to listen on, IPv4 or IPv6 (default %(default)s)")
@@ -107,13 +116,16 @@ class Start:
 def main(argv: list[str] | None = None) -> None:
     ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
-    serving = serving_of(args, flags)
+    engine = args.engine or default_engine()
+    plan = take_plan(args, engine) if args.plan else None
+    serving = serving_of(args, merged(plan.flags, canonical(flags)) if plan else flags)
     # Of this user and this run alone: two servers, or another user's link, never meet here.
-    folder = None if args.dry_run and not args.token_maps else Path(tempfile.mkdtemp(prefix="fastmtp-serve-"))
-    if (args.engine or default_engine()) == "vllm":
-        start = start_vllm(args, serving)
-    else:
-        start = start_sglang(args, serving, folder)
+    needed = not args.dry_run or args.token_maps or (plan and plan.steps)
+    folder = Path(tempfile.mkdtemp(prefix="fastmtp-serve-")) if needed else None
+    if plan and plan.steps:
+        serving = replace(serving, table=str(write_steps(plan, folder / "steps.json")))
+    start = start_vllm(args, serving) if engine == "vllm" else start_sglang(args, serving, folder)
+    start.env |= plan.environment if plan else {}
     key = args.api_key or os.environ.get(KEY) or None
     if args.dry_run:
         print(start.shown(key))
@@ -121,6 +133,23 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{start.name}: {start.shown(key)}", flush=True)
     line = start.argv + ([f"--api-key={key}"] if key else [])
     serve(line, args.port, folder / "server.log", start.env, args.host, key, start.ready)
+
+
+def take_plan(args, engine: str) -> Plan:
+    """The plan of --plan, whose choice takes the place of the options that say the same. Says what it chose.
+
+    Raises InputError for a plan made for something else, or beside options that contradict it.
+    """
+    rivals = ("num_steps", "tree", "token_map", "token_maps", "no_spec")
+    if given := [name for name in rivals if getattr(args, name) not in (None, False)]:
+        raise InputError(f"--plan with --{given[0].replace('_', '-')}: the plan says this; leave one out")
+    if engine == "vllm":
+        raise InputError("--plan: it was made from SGLang's costs; leave it out, or serve with SGLang")
+    plan = read_plan(args.plan, args.model, args.adaptive)
+    args.token_map, args.num_steps = plan.token_map, plan.num_steps
+    args.tree = plan.tree and f"{plan.tree.topk},{plan.tree.depth},{plan.tree.nodes}"
+    print(f"plan: {plan.text}", file=sys.stderr)
+    return plan
 
 
 def serving_of(args, flags: list[str]) -> Serving:
