@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     at_least(args, 1, "limit", "num_steps")
     if args.budget:
         return print_budget(args)
-    if not args.folder:
+    if not args.folder or args.gpu:
         raise InputError("give a model folder to check, or --budget MODEL --gpu CARD")
     page = examine(args)
     if args.json:

@@ -69,6 +69,7 @@ def test_a_config_that_cannot_be_counted_is_refused(folder, change, words):
         (["models/x", "--budget", "7B", "--gpu", "h200"], "leave FOLDER"),
         (["--budget", "7B", "--gpu", "h200", "--tau", "0.5"], "--tau"),
         ([], "give a model folder"),
+        (["models/x", "--gpu", "h200"], "--budget MODEL --gpu CARD"),
     ],
 )
 def test_wrong_use_is_refused_in_one_line(words, message):
