@@ -255,6 +255,7 @@ def asking(plan: Plan, questions: int, tokens: int) -> str:
         question_folder=plan.questions,
         num_questions=questions,
         max_gen_length=min(plan.max_new_tokens or tokens, tokens),
+        gpus=plan.gpus if plan.gpus > 1 else None,
         backend=None if plan.gpus else "reference",
     )
     return f" {text}"
