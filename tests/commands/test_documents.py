@@ -22,7 +22,9 @@ START = (
     r"(?:python3? (?:-m (?:fastmtp|evaluation|benchmarks)\.|examples/)|sh scripts/|fastmtp [a-z_]+ )"
 )
 OTHERS = ("scripts/install.sh", "scripts/test.sh", "scripts/docs.sh")  # scripts that run no command of ours
-PLACEHOLDERS = re.compile(r"MODULE|\{config|TASK|fastmtp\.x\b|interrupted|^fastmtp [a-z_]+( \.\.\.)+$")
+PLACEHOLDERS = re.compile(
+    r"MODULE|\{(?:config|model)|TASK|fastmtp\.x\b|interrupted|^fastmtp [a-z_]+( \.\.\.)+$"
+)
 
 
 def commands_of(path: Path) -> set[str]:
