@@ -59,7 +59,7 @@ def encode_row(tokenizer, row: dict, rules: Rules) -> list[Sequence]:
     try:
         sequences = encode_turns(tokenizer, messages, tools)
         check_shown(tokenizer, messages, tools)
-        check_prompt(tokenizer, row, messages, tools)
+        check_prompt(tokenizer, row, messages, tools, sequences[-1][0])
     except InputError as error:
         raise LeftOut(str(error)) from None
     fitting = [cut for cut in (fit(s, rules) for s in sequences) if cut]
@@ -198,10 +198,15 @@ def check_ids(tokenizer, row: dict, messages: list[dict], vocab_size: int) -> No
         _check_range(row["prompt_ids"], vocab_size)
 
 
-def check_prompt(tokenizer, row: dict, messages: list[dict], tools) -> None:
-    """LeftOut if the `prompt_ids` of a distilled row are not the prompt of its last answer."""
+def check_prompt(tokenizer, row: dict, messages: list[dict], tools, encoded: list[int]) -> None:
+    """LeftOut if the `prompt_ids` of a distilled row are not the prompt of its last answer.
+
+    encoded: the ids of the last answer's sequence. If they are prompt and answer, nothing is tokenised again.
+    """
     ids = row.get("prompt_ids")
     if ids is None or messages[-1]["role"] != "assistant":
+        return
+    if encoded == [*ids, *(exact_ids(messages[-1]) or [])]:
         return
     own = prompt_ids(tokenizer, messages[:-1], tools)
     if ids != own and _spelt(tokenizer, ids, False) != _spelt(tokenizer, own, False):

@@ -223,7 +223,7 @@ def evaluate(plan: Plan, start: str) -> Stage:
     text = words(model=model, vanilla_model=start, arms=arms) + asking(plan, plan.num_questions, 512)
     text += "".join(f" {words(token_map=f'{name}={maps[name]}')}" for name in named)
     text += f" {words(repeat_questions=0)}" * plan.smoke + f" {words(out=out)}"
-    how = after_dashes(plan.flags) if plan.gpus else ""
+    how = on_engines(plan, plan.flags)
     reads = (model, start, *plan.question_files(), *(maps[name] for name in named))
     return Stage("evaluate", "evaluation.run", text, out, reads, how, keeps=OF_OTHER_ARMS)
 
@@ -243,7 +243,7 @@ def lossless(plan: Plan) -> Stage:
     count = min(plan.num_questions, 4)
     text = words(model=model, arms=f"baseline,fastmtp:{plan.steps}", dtype="float32")
     text += asking(plan, count, 256) + f" {words(out=out)}"
-    how = after_dashes(without(plan.flags, FLOAT32)) if plan.gpus else ""  # float32 has its own kernels
+    how = on_engines(plan, without(plan.flags, FLOAT32))  # float32 has its own kernels
     reads = (model, *plan.question_files())
     return Stage("lossless", "evaluation.lossless", text, out, reads, how, keeps=OF_OTHER_ARMS)
 
@@ -255,10 +255,15 @@ def asking(plan: Plan, questions: int, tokens: int) -> str:
         question_folder=plan.questions,
         num_questions=questions,
         max_gen_length=min(plan.max_new_tokens or tokens, tokens),
-        gpus=plan.gpus if plan.gpus > 1 else None,
         backend=None if plan.gpus else "reference",
     )
     return f" {text}"
+
+
+def on_engines(plan: Plan, flags: list[str]) -> str:
+    """The arms spread over the GPUs, one server on each, and the servers' flags; nothing on the CPU."""
+    spread = words(gpus=plan.gpus if plan.gpus > 1 else None)
+    return f"{spread} {after_dashes(flags)}".strip() if plan.gpus else ""
 
 
 def report(plan: Plan) -> Stage:

@@ -65,7 +65,8 @@ def test_a_stage_says_all_that_it_reads(plan):
 
 def test_more_gpus_ask_for_the_same_answers_and_the_same_step(plan):
     four, two = by_name(plan), by_name(dataclasses.replace(plan, gpus=2, processes=2))
-    assert four["distil"].how != two["distil"].how and four["distil"].words == two["distil"].words
+    for name in ("distil", "evaluate", "lossless"):
+        assert four[name].how != two[name].how and four[name].words == two[name].words
     for made, count, accumulation in ((four, "4", "2"), (two, "2", "4")):
         train = made["train"]
         assert train.environment == {"NPROC_PER_NODE": count}
