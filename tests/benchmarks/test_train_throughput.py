@@ -2,29 +2,14 @@
 countable.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import tiny
 from helpers.tiny import tiny_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import train_throughput as bench  # noqa: E402
+from benchmarks import train_throughput as bench
 
-SHAPE = dict(
-    hidden_size=64,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=97,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_word_embeddings=False,
-)
+SHAPE = tiny.SHAPE | dict(head_dim=16, rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=4096)
 
 
 def test_packing_keeps_every_token_in_order():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.tiny import save_folder
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -22,16 +23,7 @@ from fastmtp.export import export
 from fastmtp.prepare_model import prepare
 from fastmtp.tokenizer import PROBES, different, from_file, load_tokenizer, loses_text, own_tokenizer
 
-SHAPE = dict(
-    vocab_size=512,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-)
+SHAPE = tiny.SHAPE | dict(vocab_size=512, num_hidden_layers=1, max_position_embeddings=128)
 TEXTS = (
     "we counted 10 and 2024 apples",
     " one\n\n\ttwo   three \n",

@@ -30,25 +30,25 @@ TEXT = [
 ]
 
 
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
+
+
 def tiny_model(
     seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 0.3, **changes
 ) -> MiMoForCausalLM:
     """A random model, every tensor of it random, norms and biases too, so that no term of the arithmetic is
     silent.
     """
-    settings = dict(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    settings = SHAPE | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     net = MiMoForCausalLM(MiMoConfig(**settings | changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
