@@ -182,3 +182,9 @@ def test_every_page_has_a_place_on_the_site():
     ]
     listed = {entry if isinstance(entry, str) else next(iter(entry.values())) for entry in entries}
     assert listed == {page.name for page in pages()[1:]} | {"cli.md"}  # made when the site is built
+
+
+def test_every_page_of_results_is_listed():
+    results = [*REPOSITORY.glob("results/*.md"), *REPOSITORY.glob("results/*/README.md")]
+    text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    assert [str(page) for page in results if f"(../{page.relative_to(REPOSITORY)})" not in text] == []
