@@ -18,5 +18,5 @@ setup(
     ],
     package_dir={f"fastmtp.resources.{name}": name for name in DATA},
     package_data={f"fastmtp.resources.{name}": patterns for name, patterns in DATA.items()}
-    | {"fastmtp": ["heads/README.md", "heads/*/*.safetensors"]},
+    | {"fastmtp": ["py.typed", "heads/README.md", "heads/*/*.safetensors"]},
 )

@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from evaluation.answers import Answers
 from evaluation.backends import BackendError, Rejected, Turn
 from evaluation.questions import Task, question_keys
 from fastmtp.chat import TemplateError, prompt_ids
 from fastmtp.cli import InputError
 from fastmtp.data.rendering import Refused, question_ids
+from fastmtp.show.progress import Bar
 
 WARM_UP_TOKENS = 32
 
@@ -121,12 +120,11 @@ async def collect(
     await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
     free = asyncio.Semaphore(parallel)
     total = len(set(keys))
-    bar = tqdm(
+    bar = Bar(
         total=total,
         initial=total - len(missing),
         desc=f"{name} {prompts.task.name}",
         unit="q",
-        disable=None,
     )
 
     rejected: list[tuple[str, Exception]] = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 
 import torch
-from tqdm import tqdm
 
 from evaluation import metrics
 from evaluation.arguments import add_arguments
@@ -28,6 +27,7 @@ from evaluation.questions import question_keys
 from evaluation.run import Result, ask_or_exit, finish
 from fastmtp.cli import InputError, Parser, run, split_at_dashes
 from fastmtp.files import write_json
+from fastmtp.show.progress import Bar
 
 NOTHING = "NOTHING TO COMPARE"
 
@@ -94,7 +94,7 @@ def compare(
     user_turns = dict(zip(question_keys(task, questions), questions, strict=True))
     expected = {row["question"]: row["turns"] for row in plain}
     differences = []
-    for row in tqdm(drafted, desc=f"compare {task.name}", unit="q", disable=None, leave=False):
+    for row in Bar(drafted, desc=f"compare {task.name}", unit="q", leave=False):
         ours, theirs = row["turns"], expected[row["question"]]
         for number in range(len(ours)):
             if ours[number]["output_ids"] == theirs[number]["output_ids"]:

@@ -3,4 +3,4 @@
 Method: "FastMTP: Accelerating LLM Inference with Enhanced Multi-Token Prediction" (arXiv 2509.18362).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,6 +8,7 @@ The computation is in reference/teacher_forced.py; this command reads the inputs
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="also write the figures as JSON")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")
     return p
 
 
@@ -105,12 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for steps, results in measure_at(model, samples, at, maps, None, vocab).items():
             rows[steps] += as_json(results, name)
             tables.append(f"head: {name}, K={steps}\n\n{table(results)}\n")
+    figures = {"num_steps": args.num_steps, "rows": rows.pop(args.num_steps), "at": rows}
     if args.out:
-        largest = rows.pop(args.num_steps)
-        files.write_json(args.out, {"num_steps": args.num_steps, "rows": largest, "at": rows})
+        files.write_json(args.out, figures)
         sources = [*args.token_map, *(parse_maps(args.token_maps).values() if args.token_maps else [])]
         files.write_provenance(args.out, vars(args), [args.data, *sources])
-    print("\n".join(tables))
+    print(json.dumps(figures, ensure_ascii=False) if args.json else "\n".join(tables))
 
 
 if __name__ == "__main__":

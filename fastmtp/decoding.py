@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from fastmtp import files, hub
 from fastmtp.checkpoint import head_files
@@ -27,6 +26,7 @@ from fastmtp.inputs import read_jsonl, shipped
 from fastmtp.reference.model import Model, check, head_for, load, put_head
 from fastmtp.reference.speculative import generate
 from fastmtp.show import markdown
+from fastmtp.show.progress import Bar
 from fastmtp.tau import summarise
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, load_map, parse_maps, read
@@ -51,7 +51,7 @@ def compare(
         if todo:  # the first pass through a network is slow, and belongs to nobody
             generate(model, todo[0]["prompt_ids"], 8, num_steps, token_map=token_map)
             generate(model, todo[0]["prompt_ids"], 8, 0)
-        for turn, prompt in enumerate(tqdm(todo, desc="decode plain and with drafts", unit="prompt")):
+        for turn, prompt in enumerate(Bar(todo, desc="decode plain and with drafts", unit="prompt")):
             ids = prompt["prompt_ids"]
             answers = {}
             for steps in (0, num_steps) if turn % 2 else (num_steps, 0):

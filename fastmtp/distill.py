@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from fastmtp import files, fingerprint, hub
 from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
@@ -32,6 +31,7 @@ from fastmtp.engines.sglang import check_flags
 from fastmtp.engines.sglang_flags import canonical
 from fastmtp.formats.yaml_file import load_yaml
 from fastmtp.inputs import shipped
+from fastmtp.show.progress import Bar
 
 
 def parser() -> Parser:
@@ -146,7 +146,7 @@ class Questions:
         return chats(self.rows, self.default, self.sampling, self.tag)
 
 
-async def ask_servers(urls: list[str], args, questions: Questions, journal: Journal, bar: tqdm) -> None:
+async def ask_servers(urls: list[str], args, questions: Questions, journal: Journal, bar: Bar) -> None:
     """Answer the questions on running servers."""
     from fastmtp.data.converse import converse_all
     from fastmtp.data.servers import Servers
@@ -159,7 +159,7 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
     """Answer what `journal` lacks, the way that the arguments say."""
     if journal.done >= questions.keys:
         return
-    bar = tqdm(
+    bar = Bar(
         total=len(questions.keys), initial=len(journal.done), desc="distill", unit="prompt", smoothing=0.05
     )
     with bar:
@@ -170,7 +170,7 @@ def answer_all(args, questions: Questions, journal: Journal, flags: list[str]) -
             from fastmtp.data.engines import engines
 
             logs = Path(tempfile.mkdtemp(prefix="fastmtp-engines-"))
-            tqdm.write(f"starting {args.engines} engines; their logs are in {logs}", file=sys.stderr)
+            Bar.write(f"starting {args.engines} engines; their logs are in {logs}", file=sys.stderr)
             with engines(args.model, args.engines, args.in_flight, args.dtype, flags, logs) as urls:
                 bar.unpause()
                 asyncio.run(ask_servers(urls, args, questions, journal, bar))

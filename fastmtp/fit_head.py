@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastmtp import files, hub
 from fastmtp.checkpoint import PREFIX, save_head
@@ -31,6 +30,7 @@ from fastmtp.data.samples import read_samples
 from fastmtp.formats.weights import check_finite
 from fastmtp.head.modeling_mimo import MiMoForCausalLM
 from fastmtp.reference.model import check, load, take_over
+from fastmtp.show.progress import Bar
 from fastmtp.tokenizer import load_tokenizer
 
 SINKS = 4  # the first positions' states are huge (attention sinks, arXiv 2309.17453) and like no others
@@ -67,7 +67,7 @@ def fit(net: MiMoForCausalLM, texts: Sequence[list[int]]) -> tuple[dict[str, Ten
     square = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(2 * width, width, dtype=torch.float64, device=weight.device)
     total, positions = 0.0, 0
-    for text in tqdm(texts, desc="fit", unit="text"):
+    for text in Bar(texts, desc="fit", unit="text"):
         if len(text) > SINKS + 1:
             x, y = equations(net, torch.tensor(text, device=weight.device))
             square += x.T @ x

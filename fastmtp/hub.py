@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from fastmtp.cli import InputError
@@ -177,7 +177,7 @@ def fetch(name: Name, files: Sequence[str], but: Sequence[str] = ()) -> Path:
     download = _from_modelscope if hub == "modelscope" else _from_hf
     try:
         with _bars():
-            return download(name, list(files), list(but), constants.is_offline_mode())
+            return download(name, list(files), list(but), is_offline_mode())
     except InputError:
         raise
     except Exception as error:  # two libraries, each with a dozen kinds of its own
@@ -210,7 +210,7 @@ def modelscope_api(endpoint: str | None = None):
         from modelscope_hub import HubApi, HubConfig
     except ImportError:
         raise InputError(
-            f"{SWITCH}=modelscope needs the package modelscope; run: pip install 'modelscope>=1.38'"
+            f"{SWITCH}=modelscope needs the package modelscope; run: pip install -e '.[modelscope]'"
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it prefers MODELSCOPE_ENDPOINT to MODELSCOPE_DOMAIN

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from fastmtp import files, hub
 from fastmtp.checkpoint import (
@@ -210,6 +211,8 @@ def adopt(source: Path, out: Path, origin: dict[str, str]) -> None:
 
 def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = None) -> None:
     """Write `out` from `name` (see the module's text)."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if Path(name).exists() and Path(name).resolve().is_relative_to(Path(out).resolve()):
         raise InputError(f"{out}: the output must be a new folder, not the source or around it")
     files.check_output(out)  # before a download or a load of an hour

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from fastmtp.cli import InputError
 from fastmtp.data.cleaning import CleanConfig
@@ -20,6 +19,7 @@ from fastmtp.data.dedup import PERMUTATIONS, DedupConfig, Questions, near_duplic
 from fastmtp.data.scan import FOREIGN, Rules, Scanned, Spelling, scan_line
 from fastmtp.data.sources import DataConfig
 from fastmtp.inputs import numbered_lines
+from fastmtp.show.progress import Bar
 
 CHUNK = 128  # samples that travel to a worker together
 MOST_FOREIGN = 0.1  # share of samples with ids of another tokenizer beyond which the whole input is doubted
@@ -127,7 +127,7 @@ def scan(
     pool = multiprocessing.Pool(workers, _start, (rules,)) if workers > 1 else None
     try:
         results = pool.imap(_scan_chunk, chunks(paths)) if pool else map(_scan_chunk, chunks(paths))
-        with tqdm(desc="curate", unit="sample", disable=None) as bar:
+        with Bar(desc="curate", unit="sample") as bar:
             for item in itertools.chain.from_iterable(results):
                 read += 1
                 bar.update()

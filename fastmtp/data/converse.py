@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from tqdm import tqdm
-
 from fastmtp.data.journal import Journal, sample
 from fastmtp.data.prompts import Chat
 from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.data.servers import Servers
 from fastmtp.engines.process import ServerError
+from fastmtp.show.progress import Bar
 
 PATIENCE = 50  # prompts in a row that no server answered, beyond the chats in flight: the servers are gone
 
@@ -36,7 +35,7 @@ async def converse(chat: Chat, servers: Servers) -> dict:
 
 
 async def converse_all(
-    chats: Iterable[Chat], servers: Servers, in_flight: int, journal: Journal, bar: tqdm
+    chats: Iterable[Chat], servers: Servers, in_flight: int, journal: Journal, bar: Bar
 ) -> None:
     """Answer all chats that `journal` has no answer for. Raises ServerError if no server answers any more."""
     feed = iter(chats)

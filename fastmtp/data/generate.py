@@ -8,7 +8,6 @@ from itertools import groupby, islice
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from fastmtp.data.journal import Journal, sample
@@ -16,6 +15,7 @@ from fastmtp.data.prompts import Chat
 from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.data.sources import Sampling
 from fastmtp.reference.model import Model
+from fastmtp.show.progress import Bar
 
 WINDOW = 16384  # prompts held at a time, to be batched with others of like length
 
@@ -130,7 +130,7 @@ def answer_batch(model: Model, chats: list[Chat], seed: int) -> tuple[list[dict]
 
 
 def generate(
-    model: Model, chats: Iterable[Chat], journal: Journal, batch_size: int, seed: int, bar: tqdm
+    model: Model, chats: Iterable[Chat], journal: Journal, batch_size: int, seed: int, bar: Bar
 ) -> None:
     """Answer all chats that `journal` has no answer for. The same seed gives the same answers, interrupted or
     not.

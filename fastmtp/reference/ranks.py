@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fastmtp.head.teacher import chunks
 from fastmtp.reference.model import Model
 from fastmtp.reference.speculative import Backbone, Drafter
 from fastmtp.reference.teacher_forced import FULL, anchors_of, batches, followed, most_places
+from fastmtp.show.progress import Bar
 from fastmtp.trees.fit import MISS
 from fastmtp.trees.tree import DraftTree, walk
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, names_by_anchor
@@ -88,7 +88,7 @@ def measure_ranks(
     """
     maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
     tables: dict[int, dict[str, Tensor]] = {}
-    with tqdm(total=len(samples), desc="ranks of the text", unit="sample", leave=False) as bar:
+    with Bar(total=len(samples), desc="ranks of the text", unit="sample", leave=False) as bar:
         for batch in batches(samples, batch_tokens or most_places(model)):
             pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
             for i, pair, by_map in zip(batch, pairs, draft_ranks(model, pairs, depth, maps), strict=True):
@@ -133,7 +133,7 @@ def measure_drafted(
     """{map name: histogram of every sample}, by drafting; maps as in `measure_ranks`."""
     maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
     histograms: dict[str, list[list[int]]] = {name: [] for name in [*maps, *([AUTO] if vocab else [])]}
-    for sample in tqdm(samples, desc=f"drafting ({tree})", unit="sample", leave=False):
+    for sample in Bar(samples, desc=f"drafting ({tree})", unit="sample", leave=False):
         prompt, output = sample["prompt_ids"], sample["output_ids"]
         for name, rows in histograms.items():
             active = names_by_anchor(vocab, prompt, output) if name == AUTO else [name] * len(output)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastmtp.head.teacher import greedy
 from fastmtp.reference.model import Model
 from fastmtp.show import markdown
+from fastmtp.show.progress import Bar
 from fastmtp.tau import Acceptance, walk
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, names_by_anchor
 
@@ -104,7 +104,7 @@ def measure_at(
     maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
     batch_tokens = batch_tokens or most_places(model)
     hits: dict[int, dict[str, Tensor]] = {}
-    with tqdm(total=len(samples), desc="acceptance", unit="sample", leave=False) as bar:
+    with Bar(total=len(samples), desc="acceptance", unit="sample", leave=False) as bar:
         for batch in batches(samples, batch_tokens):
             pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
             by_sample = draft_hits(model, pairs, max(at), maps)

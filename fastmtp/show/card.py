@@ -33,7 +33,7 @@ text is the base's: an engine keeps of each draft only what the model itself wou
 
 ## Serve
 
-    python -m fastmtp.serve --model {model} --num-steps {steps}
+    python -m fastmtp.serve --model MODEL --num-steps 3
 
 `--engine vllm` serves it with vLLM and `--token-map` drafts from fewer tokens. With SGLang alone:
 
@@ -110,6 +110,7 @@ def card(known: dict[str, object], title: str, model: str) -> str:
         tokens=int(known["steps"]) + 1,
         state=STATES[known["state"]],
     )
+    text = text.replace("--model MODEL --num-steps 3", f"--model {model} --num-steps {known['steps']}")
     return text + SEAL.format(_seal(text))
 
 

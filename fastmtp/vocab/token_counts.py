@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from fastmtp import files
 from fastmtp.cli import InputError
+from fastmtp.show.progress import Bar
 from fastmtp.vocab.corpus import Answer, Chunk, Row, answers
 from fastmtp.vocab.lang import LOOK_AT, detect
 
@@ -128,7 +128,7 @@ class Counter:
         these are skipped.
         """
         saved, before, chunks = time.monotonic(), counts.tokens, iter(chunks)
-        with tqdm(total=total, desc="count", unit="B", unit_scale=True, disable=None) as bar:
+        with Bar(total=total, desc="count", unit="B", unit_scale=True) as bar:
             for chunk in islice(chunks, counts.chunks):
                 bar.update(chunk.position)
             for chunk, found in self._parallel(chunks, workers) if workers > 1 else self._serial(chunks):

@@ -137,8 +137,10 @@ def test_heads_and_models_of_a_hub_are_measured_under_their_names(hubs, mimo, ba
     (tmp_path / "data.jsonl").write_text(json.dumps(sample | {"prompt_ids": [7, 8], "output_ids": [9, 8, 7]}))
     out = tmp_path / "out.json"
     asked = ["--model", "org/base", "--head", MIMO, "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
-    acceptance.main([*asked, "--device", "cpu"])
-    assert {row["head"] for row in json.loads(out.read_text())["rows"]} == {MIMO}
+    acceptance.main([*asked, "--device", "cpu", "--json"])
+    figures = json.loads(out.read_text())
+    assert {row["head"] for row in figures["rows"]} == {MIMO}
+    assert json.loads(capsys.readouterr().out) == figures
 
 
 def test_what_is_not_supported_costs_no_weights(hubs, mimo, tmp_path):

@@ -1,6 +1,7 @@
 """The wheel alone, without a checkout, finds its recipes, prompts, token maps and evaluation."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import fastmtp
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,8 +68,13 @@ def test_the_wheel_holds_every_shipped_file_and_no_other_package(wheel):
         if name.startswith(("configs/", "vocab/", "examples/")) and not name.endswith((".md", ".png"))
     }
     heads = {name for name in tracked if name.startswith("fastmtp/heads/")}
-    assert (code | data | heads) - names == set()
+    assert (code | data | heads | {"fastmtp/py.typed"}) - names == set()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastmtp", "evaluation"}
+
+
+def test_one_version_everywhere(wheel):
+    heading = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert heading and heading[1] == fastmtp.__version__ == wheel.name.split("-")[1]
 
 
 def test_shipped_files_are_found_outside_the_checkout(installed):
