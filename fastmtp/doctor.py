@@ -82,8 +82,8 @@ def parser() -> Parser:
         "--budget",
         nargs="+",
         metavar="MODEL",
-        help="instead of checks: bytes, times and the tau that pays; for model folders, config.json files or "
-        f"{', '.join(SIZES)}",
+        help="instead of checks: bytes, times and the tau that pays; for models (folders, "
+        f"config.json files, ORG/NAME on a hub) or {', '.join(SIZES)}",
     )
     p.add_argument("--gpu", metavar="CARD", help=f"card of --budget: {', '.join(CARDS)}")
     p.add_argument(

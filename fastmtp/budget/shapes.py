@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastmtp import hub
 from fastmtp.cli import InputError
 from fastmtp.inputs import read_json
 
@@ -36,14 +37,16 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of mi
 
 
 def shape_of(model: str) -> dict:
-    """The shape of a size or name above, of a model folder or of a config.json.
+    """The shape of a size or name above, of a model folder, a config.json, or a hub's model (its weights are
+    not downloaded).
 
     Raises InputError if it is none of them, or if its config.json does not describe a dense decoder.
     """
     names = {name.lower(): shape for name, shape in (SIZES | {name: name for name in SHAPES}).items()}
     if model.lower() in names:
         return SHAPES[names[model.lower()]]
-    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    folder = hub.configuration(model) or Path(model)
+    path = folder / "config.json" if folder.is_dir() else folder
     if not path.is_file():
         known = ", ".join([*SIZES, *SHAPES])
         raise InputError(f"{model}: no model folder, no config.json and none of {known}")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from evaluation.plan import parse_arms
 from fastmtp import acceptance, hub, serve
+from fastmtp.budget.shapes import shape_of
 from fastmtp.checkpoint import HEAD_TENSORS, PREFIX, head_files, read_head
 from fastmtp.cli import InputError
 from fastmtp.export import export
@@ -141,6 +142,11 @@ def test_heads_and_models_of_a_hub_are_measured_under_their_names(hubs, mimo, ba
     figures = json.loads(out.read_text())
     assert {row["head"] for row in figures["rows"]} == {MIMO}
     assert json.loads(capsys.readouterr().out) == figures
+
+
+def test_a_budget_needs_the_configuration_alone(hubs, mimo):
+    hubs.repos[MIMO] = published(mimo)
+    assert shape_of(MIMO) == shape_of(str(mimo)) and hubs.downloads() == ["config.json"]
 
 
 def test_what_is_not_supported_costs_no_weights(hubs, mimo, tmp_path):
