@@ -90,7 +90,9 @@ def export(
             add_backbone(folder)
         else:
             known = card.facts(base, head_folder(head), contract["mtp_hidden"])
-            (folder / card.README).write_text(kept or card.card(known, out.name, repo or out.name), "utf-8")
+            (folder / card.README).write_text(
+                kept or card.card(known, Path(repo or out).name, repo or out.name), "utf-8"
+            )
         files.write_provenance(
             folder, {"base": str(base), "head": str(head), "out": str(out)}, head_files(head)
         )

@@ -47,6 +47,7 @@ text is the base's: an engine keeps of each draft only what the model itself wou
 - How many drafts are accepted depends on the text: prompts unlike the training data get fewer, and so does a
   base that was fine-tuned after the head was trained.
 - {state}
+
 """
 
 
@@ -55,7 +56,9 @@ def facts(base: Path, head: Path, state: str) -> dict[str, object]:
     name, or None), `rows` of the table, `steps` that the head was trained for (3 if unknown), `state`.
     """
     source = _config(base / "run.json")
-    rows: dict[str, object] = {"base": source.get("model")} if source.get("repo") else {}
+    rows: dict[str, object] = {}
+    if source.get("repo"):
+        rows |= {"base": source["repo"], "base's revision": source.get("revision")}
     checkpoint = head.resolve()
     recipe = _config(checkpoint.parent / "run.json") if (checkpoint / "trainer_state.json").is_file() else {}
     if recipe:

@@ -54,6 +54,7 @@ def test_a_card_says_what_is_recorded(base, checkpoint, tmp_path):
     assert front["base_model"] == "org/base" and front["pipeline_tag"] == "text-generation"
     assert front["library_name"] == "transformers" and "speculative-decoding" in front["tags"]
     assert "# my-model" in text and "--model my-model --num-steps 2" in text
+    assert "| base | org/base |" in text and "| base's revision | abc |" in text
     assert "| trained on | train.jsonl |" in text and "`learning_rate: 0.001`" in text
     assert "2.250 tokens per verify pass on held-out answers, K=2" in text and "| 0.800 0.500 |" in text
     assert "after its final norm" in text and "/home/me" not in text and str(tmp_path) not in text
