@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmtp import files
+from fastmtp import files, hub
 from fastmtp.budget.shapes import shape_of
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
@@ -43,7 +43,12 @@ def parser() -> Parser:
         "python -m fastmtp.plan --model models/mimo-7b-fastmtp --data data/answers.jsonl \\\n"
         "    --costs results/speed/costs.json --token-map vocab/mimo/en_32k.pt --out plan.json",
     )
-    p.add_argument("--model", required=True, metavar="FOLDER", help="exported model whose head will draft")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="exported model whose head will draft, or its ORG/NAME",
+    )
     p.add_argument("--data", required=True, help="the model's own answers, distilled or curated")
     p.add_argument("--limit", type=int, help="use only the first N answers")
     p.add_argument("--costs", required=True, metavar="FILE", help="costs.json of benchmarks.speed.run")
@@ -121,6 +126,9 @@ def table(rows: Sequence[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "streams", "limit")
+
+    args.model = str(hub.model(args.model))
+    args.token_map = [hub.token_map(path) for path in args.token_map]
 
     # Everything that can be wrong is read, and all that has no price left out, before the weights are read.
     config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)

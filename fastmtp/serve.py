@@ -145,6 +145,7 @@ def take_plan(args, engine: str) -> Plan:
         raise InputError(f"--plan with --{given[0].replace('_', '-')}: the plan says this; leave one out")
     if engine == "vllm":
         raise InputError("--plan: it was made from SGLang's costs; leave it out, or serve with SGLang")
+    args.model = str(hub.model(args.model))
     plan = read_plan(args.plan, args.model, args.adaptive)
     args.token_map, args.num_steps = plan.token_map, plan.num_steps
     args.tree = plan.tree and f"{plan.tree.topk},{plan.tree.depth},{plan.tree.nodes}"
