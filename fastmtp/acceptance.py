@@ -1,14 +1,18 @@
 """Accept length (tau) and per-position rates of heads on finished answers, without decoding.
 
-The computation is in reference/teacher_forced.py; this command reads the inputs, and writes tables and JSON.
+The computation is in reference/teacher_forced.py, of draft trees in reference/ranks.py; this command reads
+the inputs, and writes tables and JSON. Trees are fitted on every other answer and judged on the rest.
 
     python -m fastmtp.acceptance --model models/smollm2 --data heldout.jsonl --num-steps 7 --at 1,3,5 \\
         --token-map vocab/smollm2/en_8k.pt
+    python -m fastmtp.acceptance --model models/smollm2-fastmtp --data heldout.jsonl --tree 4,3,16 \\
+        --fit-tree 16,3,tree16.json
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +24,12 @@ from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.inputs import shipped, whole_numbers
 from fastmtp.reference.model import check, head_for, load, put_head
-from fastmtp.reference.teacher_forced import FULL, as_json, measure_at, table
+from fastmtp.reference.ranks import measure_ranks, measure_trees, tree_table
+from fastmtp.reference.teacher_forced import FULL, Results, as_json, measure_at, table
 from fastmtp.tokenizer import load_tokenizer
+from fastmtp.trees.fit import acceptance, fit, halves
+from fastmtp.trees.tree import StaticTree
+from fastmtp.trees.tree_file import check_fits, parse, parse_fit, save
 from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, load_map, parse_maps, union
 from fastmtp.vocab.draft_vocab import read as read_vocab
 
@@ -31,7 +39,9 @@ def parser() -> Parser:
         "python -m fastmtp.acceptance",
         "Accept length and per-position rates of a head on finished answers, from one teacher-forced pass.",
         "python -m fastmtp.acceptance --model models/smollm2-fastmtp --data data/heldout.jsonl \\\n"
-        "    --num-steps 7 --at 1,3,5 --token-map vocab/smollm2/en_8k.pt",
+        "    --num-steps 7 --at 1,3,5 --token-map vocab/smollm2/en_8k.pt\n"
+        "python -m fastmtp.acceptance --model models/smollm2-fastmtp --data data/heldout.jsonl \\\n"
+        "    --tree 4,3,16 --fit-tree 16,3,tree16.json",
     )
     p.add_argument("--model", required=True, help="model folder, or ORG/NAME on a hub")
     p.add_argument(
@@ -57,6 +67,22 @@ def parser() -> Parser:
         metavar="EN=PATH,ZH=PATH",
         help="also with each of these, their mix, their union, and following the language",
     )
+    p.add_argument(
+        "--tree",
+        action="append",
+        default=[],
+        metavar="FILE|TOPK,DEPTH,NODES",
+        help="also with this draft tree: a file of --fit-tree, or a dynamic one as SGLang draws it; NODES "
+        "counts the root; may be repeated",
+    )
+    p.add_argument(
+        "--fit-tree",
+        action="append",
+        default=[],
+        metavar="NODES,DEPTH,FILE",
+        help="fit a static tree on every other answer, write it to FILE, and judge all drafts on the other "
+        "answers; may be repeated",
+    )
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="also write the figures as JSON")
@@ -81,6 +107,60 @@ def read_maps(args, tokenizer, vocab_size: int) -> tuple[dict[str, Tensor], Draf
     return maps | {UNION: union(vocab.maps)}, vocab
 
 
+def read_trees(args, maps: dict[str, Tensor], vocab: DraftVocab | None, vocab_size: int) -> dict:
+    """{name: tree} of --tree, checked against the maps; --fit-tree is checked too. Raises InputError."""
+    sizes = {FULL: vocab_size} | {name: len(ids) for name, ids in (vocab.maps if vocab else maps).items()}
+    smallest = min(sizes, key=sizes.__getitem__)
+    trees = {text: parse(text) for text in args.tree}
+    for text, tree in trees.items():
+        check_fits(tree, text, sizes[smallest], f"the map '{smallest}'")
+    for text in args.fit_tree:
+        *_, path = parse_fit(text)
+        files.check_apart(path, args.data)
+        if path in trees or sum(parse_fit(other)[2] == path for other in args.fit_tree) > 1:
+            raise InputError(f"--fit-tree {text}: {path} is named twice; give each tree a file of its own")
+    if args.fit_tree and (len(args.head or []) > 1 or len(maps) > 1 or vocab):
+        raise InputError(
+            "--fit-tree: a tree is fitted to one draft; give one --head and at most one --token-map"
+        )
+    return trees
+
+
+def fit_trees(args, ranks: dict[str, list[Tensor]], head: str) -> dict[str, StaticTree]:
+    """Fit, write and return the trees of --fit-tree, by file. ranks: of the answers to fit on."""
+    name = list(ranks)[-1]  # the map if there is one
+    trees = {}
+    for nodes, depth, path in map(parse_fit, args.fit_tree):
+        trees[path] = fit(ranks[name], nodes, depth)
+        part = acceptance(trees[path], ranks[name])
+        about = {"head": head, "data": args.data, "map": name, "answers": len(ranks[name])}
+        about |= {"anchors": sum(map(len, ranks[name])), "accept_length": part.accept_length}
+        save(path, trees[path], about)
+        files.write_provenance(path, vars(args), [args.data, *args.token_map])
+    return trees
+
+
+def measured(args, model, samples, at, maps, vocab, trees, head) -> tuple[dict[int, Results], dict, str]:
+    """Results of the chains by K and of the trees by name, and the tables of both, of one head."""
+    if not trees and not args.fit_tree:
+        chains, by_tree, extra = measure_at(model, samples, at, maps, None, vocab), {}, []
+    else:
+        static = [tree.depth for tree in trees.values() if isinstance(tree, StaticTree)]
+        depth = max([*at, *static, *(parse_fit(text)[1] for text in args.fit_tree)])
+        ranks = measure_ranks(model, samples, depth, maps, None, vocab)
+        if args.fit_tree:
+            parts = {name: halves(tables) for name, tables in ranks.items()}
+            trees = trees | fit_trees(args, {name: first for name, (first, _) in parts.items()}, head)
+            samples = halves(samples)[1]
+            ranks = {name: second for name, (_, second) in parts.items()}
+        shapes = {f"chain K={steps}": StaticTree.chain(steps) for steps in at} | trees
+        by_tree = measure_trees(model, samples, shapes, ranks, maps, vocab)
+        extra = [f"head: {head}, chains and trees\n\n{tree_table(by_tree, shapes)}\n"]
+        chains = {steps: by_tree.pop(f"chain K={steps}") for steps in at}
+    tables = [f"head: {head}, K={steps}\n\n{table(results)}\n" for steps, results in chains.items()]
+    return chains, by_tree, "\n".join([*tables, *extra])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "num_steps", "limit")
@@ -94,24 +174,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.token_map = [hub.token_map(path) for path in args.token_map]
     config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)
     maps, vocab = read_maps(args, tokenizer, config.vocab_size)
+    trees = read_trees(args, maps, vocab, config.vocab_size)
     samples = read_samples(args.data, config.vocab_size, args.limit, tokenizer)
-    check_measurable(args.data, samples)
+    check_measurable(args.data, halves(samples)[1] if args.fit_tree else samples)
     heads = {name: head_for(name if args.head else args.model, config) for name in heads}
-    if args.out:
-        files.claim(args.out)
+    for path in [*([args.out] if args.out else []), *(parse_fit(text)[2] for text in args.fit_tree)]:
+        files.claim(path)
 
     model = load(args.model, args.dtype, args.device)
-    rows, tables = {steps: [] for steps in at}, []
+    chain_rows, tree_rows, tables = {steps: [] for steps in at}, defaultdict(list), []
     for name, head in heads.items():
         put_head(model.net, name if args.head else args.model, head)
-        for steps, results in measure_at(model, samples, at, maps, None, vocab).items():
-            rows[steps] += as_json(results, name)
-            tables.append(f"head: {name}, K={steps}\n\n{table(results)}\n")
-    figures = {"num_steps": args.num_steps, "rows": rows.pop(args.num_steps), "at": rows}
+        chains, by_tree, text = measured(args, model, samples, at, maps, vocab, trees, name)
+        tables.append(text)
+        for steps, results in chains.items():
+            chain_rows[steps] += as_json(results, name)
+        for tree, results in by_tree.items():
+            tree_rows[tree] += as_json(results, name)
+    largest = chain_rows.pop(args.num_steps)
+    figures = {"num_steps": args.num_steps, "rows": largest, "at": chain_rows}
+    figures |= {"trees": tree_rows} if tree_rows else {}
     if args.out:
         files.write_json(args.out, figures)
         sources = [*args.token_map, *(parse_maps(args.token_maps).values() if args.token_maps else [])]
-        files.write_provenance(args.out, vars(args), [args.data, *sources])
+        tree_files = [text for text, tree in trees.items() if isinstance(tree, StaticTree)]
+        files.write_provenance(args.out, vars(args), [args.data, *sources, *tree_files])
     print(json.dumps(figures, ensure_ascii=False) if args.json else "\n".join(tables))
 
 

@@ -5,12 +5,15 @@ and what the drafts were worth: accept length, rates by draft position, seconds.
 
     python -m fastmtp.decoding --model models/smollm2 --prompts examples/prompts.jsonl --split heldout \
         --out out.jsonl
+    python -m fastmtp.decoding --model models/smollm2 --prompts examples/prompts.jsonl \
+        --split heldout --tree 4,3,16 --out tree.jsonl
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -29,6 +32,8 @@ from fastmtp.show import markdown
 from fastmtp.show.progress import Bar
 from fastmtp.tau import summarise
 from fastmtp.tokenizer import load_tokenizer
+from fastmtp.trees.tree import DraftTree
+from fastmtp.trees.tree_file import check_fits, parse
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, load_map, parse_maps, read
 
 
@@ -36,7 +41,7 @@ def compare(
     model: Model,
     prompts: list[dict],
     max_new_tokens: int,
-    num_steps: int,
+    drafts: int | DraftTree,
     token_map: Tensor | DraftVocab | None,
     out: Path,
     depends: dict,
@@ -49,14 +54,14 @@ def compare(
         todo = [prompt for prompt in prompts if prompt["id"] not in done]
         print(f"{out}: {len(todo)} asked, {len(prompts) - len(todo)} kept", file=sys.stderr)
         if todo:  # the first pass through a network is slow, and belongs to nobody
-            generate(model, todo[0]["prompt_ids"], 8, num_steps, token_map=token_map)
+            generate(model, todo[0]["prompt_ids"], 8, drafts, token_map=token_map)
             generate(model, todo[0]["prompt_ids"], 8, 0)
         for turn, prompt in enumerate(Bar(todo, desc="decode plain and with drafts", unit="prompt")):
             ids = prompt["prompt_ids"]
             answers = {}
-            for steps in (0, num_steps) if turn % 2 else (num_steps, 0):
-                answers[steps] = generate(model, ids, max_new_tokens, steps, token_map=token_map)
-            plain, drafted = answers[0], answers[num_steps]
+            for shape in (0, drafts) if turn % 2 else (drafts, 0):
+                answers[shape] = generate(model, ids, max_new_tokens, shape, token_map=token_map)
+            plain, drafted = answers[0], answers[drafts]
             write(
                 {
                     "id": prompt["id"],
@@ -96,14 +101,22 @@ def parser() -> Parser:
         "python -m fastmtp.decoding",
         "Decode prompts greedily, plain and with drafts; print accept length, speed-up and identity.",
         "python -m fastmtp.decoding --model models/smollm2 --prompts examples/prompts.jsonl \\\n"
-        "    --split heldout --token-map vocab/smollm2/en_8k.pt --out results/decoding.jsonl",
+        "    --split heldout --token-map vocab/smollm2/en_8k.pt --out results/decoding.jsonl\n"
+        "python -m fastmtp.decoding --model models/smollm2 --prompts examples/prompts.jsonl \\\n"
+        "    --split heldout --tree 4,3,16 --out results/tree.jsonl",
     )
     p.add_argument("--model", required=True, help="model in MiMo layout: a folder, or ORG/NAME on a hub")
     p.add_argument("--head", help="a checkpoint, a shipped head or one on a hub, not the model's own")
     p.add_argument("--prompts", required=True, type=shipped, help="jsonl with `messages` or `prompt`")
     p.add_argument("--split", help="use only rows whose `split` is this")
     p.add_argument("--limit", type=int, help="use only the first N prompts")
-    p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle, K (default 3)")
+    p.add_argument("--num-steps", type=int, help="drafts per cycle, K (default 3)")
+    p.add_argument(
+        "--tree",
+        metavar="FILE|TOPK,DEPTH,NODES",
+        help="draft a tree instead: a file of fastmtp.acceptance --fit-tree, or a dynamic one as SGLang "
+        "draws it; NODES counts the root",
+    )
     p.add_argument("--token-map", type=shipped, help="draft only tokens of this map (.pt)")
     p.add_argument(
         "--token-maps",
@@ -131,6 +144,20 @@ def read_map(args, tokenizer, vocab_size: int) -> Tensor | DraftVocab | None:
     return load_map(args.token_map, tokenizer, vocab_size) if args.token_map else None
 
 
+def read_drafts(args, token_map: Tensor | DraftVocab | None, vocab_size: int) -> int | DraftTree:
+    """K, or the tree of --tree, checked against the draft vocabulary. Raises InputError."""
+    if not args.tree:
+        args.num_steps = args.num_steps or 3
+        return args.num_steps
+    if args.num_steps:
+        raise InputError("--num-steps and --tree: give one of them; a tree has its own depth")
+    tree = parse(args.tree)
+    maps = token_map.maps.values() if isinstance(token_map, DraftVocab) else [token_map]
+    size = min(vocab_size if ids is None else len(ids) for ids in maps)
+    check_fits(tree, args.tree, size, "the draft vocabulary")
+    return tree
+
+
 def dependencies(args) -> tuple[dict, list[str]]:
     """(The fingerprint of what the rows depend on, the map files)."""
     named = parse_maps(args.token_maps) if args.token_maps else {}
@@ -139,7 +166,10 @@ def dependencies(args) -> tuple[dict, list[str]]:
     contents["head"] = head_files(args.head) if args.head else None
     asked = ("split", "limit", "num_steps", "max_new_tokens", "dtype", "device")
     policy = {"vocab policy": (args.vocab_policy or AUTO) if named else None, "map names": list(named)}
-    return fingerprint(contents, {name: getattr(args, name) for name in asked} | policy | machine()), maps
+    tree = {"tree": asdict(parse(args.tree))} if args.tree else {}
+    return fingerprint(
+        contents, {name: getattr(args, name) for name in asked} | policy | tree | machine()
+    ), maps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, tokenizer = check(args.model, args.device), load_tokenizer(args.model)
     head = head_for(args.head, config) if args.head else None
     token_map = read_map(args, tokenizer, config.vocab_size)
+    drafts = read_drafts(args, token_map, config.vocab_size)
     context = config.max_position_embeddings
     prompts = encode_prompts(tokenizer, prompts, args.max_new_tokens, context, args.prompts)
     out = Path(args.out)
@@ -163,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load(args.model, args.dtype, args.device)
     if head:
         put_head(model.net, args.head, head)
-    rows = compare(model, prompts, args.max_new_tokens, args.num_steps, token_map, out, depends)
+    rows = compare(model, prompts, args.max_new_tokens, drafts, token_map, out, depends)
     files.write_provenance(out, vars(args), [args.prompts, *maps], depends)
     figures = summarise(rows)
     rates = " ".join(f"{rate:.3f}" for rate in figures["position_rates"] or []) or "-"

@@ -6,7 +6,7 @@ on the probabilities of tokens that are not in the text, so the head drafts them
 walk, behind one pass of the backbone over the text.
 
     ranks = measure_ranks(model, samples, 5, {"en_8k": ids})
-    acceptance(tree, ranks["en_8k"])
+    acceptance(fit(ranks["en_8k"], nodes=16, depth=3), ranks["en_8k"])
 """
 
 from __future__ import annotations
@@ -20,10 +20,21 @@ from torch import Tensor
 from fastmtp.head.teacher import chunks
 from fastmtp.reference.model import Model
 from fastmtp.reference.speculative import Backbone, Drafter
-from fastmtp.reference.teacher_forced import FULL, anchors_of, batches, followed, most_places
+from fastmtp.reference.teacher_forced import (
+    FULL,
+    Results,
+    anchors_of,
+    batches,
+    collect,
+    followed,
+    most_places,
+    pooled,
+)
+from fastmtp.show import markdown
 from fastmtp.show.progress import Bar
-from fastmtp.trees.fit import MISS
-from fastmtp.trees.tree import DraftTree, walk
+from fastmtp.tau import stride
+from fastmtp.trees.fit import MISS, accepted
+from fastmtp.trees.tree import DraftTree, StaticTree, walk
 from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, names_by_anchor
 
 
@@ -139,3 +150,40 @@ def measure_drafted(
             active = names_by_anchor(vocab, prompt, output) if name == AUTO else [name] * len(output)
             rows.append(draft_along(model, prompt, output, tree, [maps[here] for here in active]))
     return histograms
+
+
+def measure_trees(
+    model: Model,
+    samples: Sequence[dict],
+    trees: dict[str, DraftTree],
+    ranks: dict[str, list[Tensor]],
+    token_maps: dict[str, Tensor | None] | None = None,
+    vocab: DraftVocab | None = None,
+) -> dict[str, Results]:
+    """Results (see `teacher_forced`) of each tree: static ones from `ranks`, which `measure_ranks` gave for
+    these samples and maps, dynamic ones by drafting.
+    """
+    results = {}
+    for name, tree in trees.items():
+        if isinstance(tree, StaticTree):
+            histograms = {
+                map_: [stride(accepted(tree, table), tree.depth) for table in tables]
+                for map_, tables in ranks.items()
+            }
+        else:
+            histograms = measure_drafted(model, samples, tree, token_maps, vocab)
+        results[name] = collect(samples, histograms)
+    return results
+
+
+def tree_table(results: dict[str, Results], trees: dict[str, DraftTree]) -> str:
+    """Markdown: tau of each tree and map with its interval, all sources pooled."""
+    rows = []
+    for name, tree in trees.items():
+        for map_ in dict.fromkeys(key[2] for key in results[name]):
+            part = pooled(results[name], map_)
+            between = "-" if part.interval is None else "{:.3f} to {:.3f}".format(*part.interval)
+            tau = markdown.number(part.accept_length, ".3f")
+            kind = "static" if isinstance(tree, StaticTree) else f"dynamic, topk {tree.topk}"
+            rows.append([name, kind, map_, tree.nodes, tree.depth, part.output_tokens, tau, between])
+    return markdown.grid(["draft", "kind", "map", "nodes", "depth", "tokens", "tau", "95 %"], rows, text=3)

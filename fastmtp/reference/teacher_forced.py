@@ -114,14 +114,25 @@ def measure_at(
             hits |= zip(batch, by_sample, strict=True)
             bar.update(len(batch))
 
-    # Count in the order of the data, so that the intervals of two heads are paired.
-    results: dict[int, Results] = {steps: defaultdict(Acceptance) for steps in at}
+    return {
+        steps: collect(
+            samples,
+            {name: [walk(hits[i][name][:, :steps]) for i in range(len(samples))] for name in hits[0]},
+        )
+        for steps in at
+    }
+
+
+def collect(samples: Sequence[dict], histograms: dict[str, list[list[int]]]) -> Results:
+    """Each map's histograms of the samples, in the order of the data, so that the intervals of two heads are
+    paired.
+    """
+    results: Results = defaultdict(Acceptance)
     for i, sample in enumerate(samples):
-        for name, right in hits[i].items():
-            for steps in at:
-                key = (sample.get("source", ""), sample.get("lang", ""), name)
-                results[steps][key].add(len(sample["output_ids"]), walk(right[:, :steps]))
-    return {steps: dict(rows) for steps, rows in results.items()}
+        for name, rows in histograms.items():
+            key = (sample.get("source", ""), sample.get("lang", ""), name)
+            results[key].add(len(sample["output_ids"]), rows[i])
+    return dict(results)
 
 
 def followed(vocab: DraftVocab, prompt: list[int], output: list[int], hits: dict[str, Tensor]) -> Tensor:

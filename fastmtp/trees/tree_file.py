@@ -29,6 +29,16 @@ def parse(text: str) -> DraftTree:
         raise InputError(f"--tree {text}: {error}") from None
 
 
+def parse_fit(text: str) -> tuple[int, int, str]:
+    """What --fit-tree asks for: nodes, depth and the file to write. Raises InputError."""
+    nodes, depth, path = [*text.split(",", 2), "", ""][:3]
+    if not (nodes.isdecimal() and depth.isdecimal() and path):
+        raise InputError(f"--fit-tree {text}: give NODES,DEPTH,FILE such as 16,3,tree.json")
+    if int(nodes) < 2 or int(depth) < 1:
+        raise InputError(f"--fit-tree {text}: a tree has at least 2 nodes and depth 1")
+    return int(nodes), int(depth), path
+
+
 def load(path: str | Path) -> StaticTree:
     """The tree of a file that `save` wrote, or that was written by hand. Raises InputError."""
     content = read_json(existing(path, "tree file"))
