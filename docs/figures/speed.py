@@ -41,7 +41,9 @@ def draw(columns: dict[str, list[float]], path: Path) -> None:
     axes.annotate("plain decoding", (7, 1), (12, -4), textcoords="offset points", color="grey")
     axes.set(xlim=(0.7, 7.15), ylim=(0.9, 2.4), xlabel="drafts per cycle K", ylabel="times as fast as plain")
     axes.set_title(
-        "MiMo-7B's shape on one H200, one stream: times measured, accept lengths simulated", fontsize=10
+        "MiMo-7B's shape on one H200, one stream: times measured, accept lengths simulated",
+        fontsize=10,
+        pad=12,
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
