@@ -1,5 +1,6 @@
 """Models, heads and token maps by name, from stand-ins of the Hugging Face Hub and of ModelScope."""
 
+import importlib
 import io
 import json
 import os
@@ -213,6 +214,34 @@ def test_a_folder_of_a_repositorys_name_is_the_model(stand_in, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     save_folder(Path("org/model"))
     assert hub.model("org/model") == Path("org/model") and stand_in.requests == []
+
+
+COMMANDS = {
+    "fastmtp.acceptance": "--model NAME --data rows.jsonl",
+    "fastmtp.build_vocab": "--tokenizer NAME --data rows.jsonl --lang en --sizes 400 --out maps",
+    "fastmtp.curate": "--input rows.jsonl --model NAME --out curated",
+    "fastmtp.decoding": "--model NAME --prompts prompts.jsonl --out out.jsonl",
+    "fastmtp.distill": "--model NAME --prompts prompts.jsonl --out out.jsonl",
+    "fastmtp.doctor": "NAME",
+    "fastmtp.export": "--base NAME --head smollm2-vanilla --out out",
+    "fastmtp.fit_head": "--model NAME --data rows.jsonl --out out",
+    "fastmtp.plan": "--model NAME --data rows.jsonl --costs costs.json --out plan.json",
+    "fastmtp.prepare_model": "--model NAME --out out",
+    "fastmtp.serve": "--model NAME --dry-run",
+    "evaluation.run": "--model NAME --arms baseline --out out",
+}
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_command_that_takes_a_model_asks_the_hub(module, stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = {"id": "a", "messages": [{"role": "user", "content": "x"}]}
+    Path("prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    Path("rows.jsonl").write_text("{}\n")
+    words = COMMANDS[module].replace("NAME", "org/none").split()
+    with pytest.raises(InputError, match="org/none: no such path here, and the Hugging Face Hub"):
+        importlib.import_module(module).main(words)
+    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.jsonl", "rows.jsonl"}
 
 
 def test_another_word_for_a_hub_is_refused(monkeypatch):
