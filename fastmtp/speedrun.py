@@ -25,10 +25,11 @@ from fastmtp.data.recipe_check import check_head, check_keys, check_numbers, che
 from fastmtp.data.sources import DataConfig
 from fastmtp.engines.sglang import sglang_version
 from fastmtp.formats.yaml_file import load_yaml
-from fastmtp.inputs import existing, numbered_lines, read_json, read_jsonl, resource, shipped
+from fastmtp.inputs import existing, numbered_lines, read_json, resource, shipped
 from fastmtp.pipeline import estimate, stages
 from fastmtp.pipeline import speedrun_stages as plans
 from fastmtp.pipeline.processes import StageFailed, in_process
+from fastmtp.show.markdown import number
 from fastmtp.train import swift_keys
 from fastmtp.vocab.lang import LANGUAGES
 
@@ -223,23 +224,23 @@ def perform_all(plan: plans.Plan, last: str | None) -> bool:
 
 
 def summarise(plan: plans.Plan) -> dict:
-    """Write summary.json: the arm with the best mean speed-up over plain decoding, and losslessness."""
-    rows = [row for _, row in read_jsonl(plan.out / "evaluation" / "results.jsonl")]
-    names = dict.fromkeys(row["arm"] for row in rows if row["arm"].startswith("fastmtp"))
-    means = {}
-    for name in names:
-        cells = [row for row in rows if row["arm"] == name]
-        means[name] = {
-            key: sum(row[column] or 0.0 for row in cells) / len(cells)
-            for key, column in (("tau", "accept_length"), ("speedup", "speedup"))
-        }
-    best = max(means, key=lambda name: means[name]["speedup"])
+    """Write summary.json: losslessness, and the arm with the best mean speed-up over plain decoding.
+
+    Prefill is excluded; means are over the benchmarks. None: not known.
+    """
+    means = read_json(plan.out / "evaluation" / "table.json")["average"]
+    figures = {
+        name: {"tau": mean["accept_length"], "speedup": mean["decode_speedup"] or mean["speedup"]}
+        for name, mean in means.items()
+        if name.startswith("fastmtp")
+    }
+    best = max(figures, key=lambda name: figures[name]["speedup"] or 0.0)
     verdicts = read_json(plan.out / "lossless" / "lossless.json")["arms"].values()
-    summary = {name: round(value, 3) for name, value in means[best].items()} | {
+    summary = figures[best] | {
         "arm": best,
         "lossless": all(arm["verdict"] == "lossless" for arm in verdicts),
         "report": plan.path("report/report.md"),
-        "arms": means,
+        "arms": figures,
     }
     files.write_json(plan.out / "summary.json", summary)
     return summary
@@ -269,8 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.write_provenance(plan.out, vars(args) | {"recipe_flags": overrides, "engine_flags": flags})
     if whole:
         s = summarise(plan)
-        line = f"tau={s['tau']:.2f} speedup={s['speedup']:.2f} lossless={str(s['lossless']).lower()}"
-        print(f"speedrun: {line} report={s['report']}")
+        line = f"tau={number(s['tau'], '.2f')} speedup={number(s['speedup'], '.2f')}"
+        print(f"speedrun: {line} lossless={str(s['lossless']).lower()} report={s['report']}")
         if not s["lossless"]:
             raise SystemExit(1)
 
