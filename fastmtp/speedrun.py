@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmtp import files
+from fastmtp import files, train
 from fastmtp.cli import InputError, Parser, at_least, run, split_at_dashes
 from fastmtp.data.recipe import apply_overrides, complete, read_recipe
 from fastmtp.data.recipe_check import check_head, check_keys, check_numbers, check_warmup
@@ -30,7 +30,6 @@ from fastmtp.pipeline import estimate, stages
 from fastmtp.pipeline import speedrun_stages as plans
 from fastmtp.pipeline.processes import StageFailed, in_process
 from fastmtp.show.markdown import number
-from fastmtp.train import swift_keys
 from fastmtp.vocab.lang import LANGUAGES
 
 SET_HERE = ("model", "dataset", "output_dir", "mtp_eval_data", "val_dataset")
@@ -104,7 +103,7 @@ def plan_of(args, overrides: list[str], flags: list[str]) -> plans.Plan:
     gpus = visible_gpus() if args.gpus is None else args.gpus
     if gpus == 0 and not (args.smoke or args.dry_run):
         raise InputError("no GPU is visible; try --smoke, which runs on the CPU, or --dry-run")
-    overrides = [*(SMOKE_FLAGS if args.smoke else []), *overrides]
+    overrides, train_flags = split_overrides([*(SMOKE_FLAGS if args.smoke else []), *overrides])
     recipe = complete(apply_overrides(read_recipe(args.recipe), overrides), args.recipe)
     check_recipe(recipe, overrides, args.recipe)
     processes = max(1, gpus) * int(os.environ.get("NNODES") or 1)
@@ -116,6 +115,7 @@ def plan_of(args, overrides: list[str], flags: list[str]) -> plans.Plan:
         gpus=gpus,
         recipe=args.recipe,
         recipe_flags=overrides,
+        train_flags=train_flags,
         steps=recipe["model_kwargs"].get("mtp_num_steps", 3),
         accumulation=recipe.get("gradient_accumulation_steps", 1),
         processes=processes,
@@ -130,13 +130,22 @@ def plan_of(args, overrides: list[str], flags: list[str]) -> plans.Plan:
     )
 
 
+def split_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the recipe's keys, and the training command's own flags among them."""
+    own, rest = train.parser().parse_known_args(["RECIPE", *overrides])
+    flags = ["--overwrite", own.overwrite] if own.overwrite else []
+    if own.max_dropped != train.MAX_DROPPED:
+        flags += ["--max-dropped", str(own.max_dropped)]
+    return rest, flags
+
+
 def check_recipe(recipe: dict, overrides: list[str], place: str) -> None:
     """InputError for what training would refuse hours later."""
     for word in overrides:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and key in SET_HERE:
             raise InputError(f"{word}: is set by this command; leave it out")
-    check_keys(recipe, swift_keys(), place)
+    check_keys(recipe, train.swift_keys(), place)
     check_numbers(recipe, place)
     check_warmup(recipe, place)
     check_head(recipe["model_kwargs"], place)
@@ -184,7 +193,7 @@ def show(plan: plans.Plan, last: str | None) -> None:
     known = bool(size and count and plan.gpus)
     times = estimate.seconds(plan, size, count, epochs) if known else {}
     total = 0.0
-    for stage in stages_until(plan, last):
+    for stage in plans.stages_until(plan, last):
         total += times.get(stage.name, 0.0)
         about = f"  # about {estimate.spoken(times[stage.name])}" if known else ""
         print(f"[{stage.name}] {stage.command}{about}")
@@ -199,19 +208,12 @@ def show(plan: plans.Plan, last: str | None) -> None:
         )
 
 
-def stages_until(plan: plans.Plan, last: str | None):
-    for stage in plans.stages(plan):
-        yield stage
-        if stage.name == last:
-            return
-
-
 def perform_all(plan: plans.Plan, last: str | None) -> bool:
     """Run the stages that are not done; whether the last of all was among them. Raises StageFailed."""
     record = plan.out / "stages.json"
     log = stages.read_log(record)
     name = None
-    for stage in stages_until(plan, last):
+    for stage in plans.stages_until(plan, last):
         name = stage.name
         stages.perform(
             stage,

@@ -32,7 +32,8 @@ class Plan:
     """What a run is asked for. `gpus` 0: everything on the CPU, with our own decoder in the engines' place.
 
     data: a data set list, or files of prompts. steps: the recipe's K. processes: that train, over all nodes.
-    languages: of the maps. recipe_flags: overrides of the recipe. flags: of the engine, for every server.
+    languages: of the maps. recipe_flags: overrides of the recipe. train_flags: of the training command.
+    flags: of the engine, for every server.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Plan:
     arms: str | None = None
     flags: list[str] = field(default_factory=list)
     smoke: bool = False
+    train_flags: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> str:
         return str(self.out / name)
@@ -101,6 +103,14 @@ def stages(plan: Plan) -> Iterator[Stage]:
     yield evaluate(plan, start)
     yield report(plan)
     yield lossless(plan)
+
+
+def stages_until(plan: Plan, last: str | None) -> Iterator[Stage]:
+    """The stages up to the one named `last`, which a model with a head of its own may not have; None: all."""
+    for stage in stages(plan):
+        if last and NAMES.index(stage.name) > NAMES.index(last):
+            return
+        yield stage
 
 
 def prepare(plan: Plan) -> Stage:
@@ -197,7 +207,8 @@ def train(plan: Plan, start: str) -> Stage:
     environment = {"NPROC_PER_NODE": str(plan.gpus)} if plan.gpus > 1 else {}
     reads = (plan.recipe, start, data, held_out)
     # The command refuses to go on with other data or another recipe, and says how to start over.
-    return Stage("train", "fastmtp.train", text, out, reads, environment=environment, keeps="all")
+    how = shlex.join(plan.train_flags)
+    return Stage("train", "fastmtp.train", text, out, reads, how, environment, keeps="all")
 
 
 def export(plan: Plan) -> Stage:

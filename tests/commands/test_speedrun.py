@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny import save_llama
 
-from fastmtp import speedrun
+from fastmtp import speedrun, train
 from fastmtp.cli import InputError
 from fastmtp.files import check_output
 from fastmtp.pipeline.processes import StageFailed, in_process
@@ -78,17 +78,18 @@ def test_a_raw_model_becomes_a_measured_one_and_nothing_is_done_twice(place):
 
 
 def test_a_dry_run_prints_every_command_and_makes_nothing(place, capsys, monkeypatch):
-    monkeypatch.setattr(speedrun, "swift_keys", lambda: KNOWN)
+    monkeypatch.setattr(train, "swift_keys", lambda: KNOWN)
     words = command(place, "--out", str(place / "dry"), "--dry-run", "--max_steps", "9", "--until", "train")
-    speedrun.main(words)
+    speedrun.main([*words, "--overwrite", "true"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("]")[0] for line in lines[:3]] == ["[prepare", "[distil", "[curate"]
     assert "--max_steps 9" in lines[6] and lines[6].startswith("[train] python -m fastmtp.train")
+    assert lines[6].endswith("--overwrite true")  # of the command itself, no key of a recipe
     assert len(lines) == 8 and not (place / "dry").exists()
 
 
 def test_time_and_disk_are_estimated(place, capsys, monkeypatch):
-    monkeypatch.setattr(speedrun, "swift_keys", lambda: KNOWN)
+    monkeypatch.setattr(train, "swift_keys", lambda: KNOWN)
     monkeypatch.setattr(speedrun.estimate, "billions", lambda model: 1.5)
     totals = []
     for gpus in ("1", "4"):
@@ -113,7 +114,7 @@ def test_time_and_disk_are_estimated(place, capsys, monkeypatch):
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(place, monkeypatch, flags, words):
-    monkeypatch.setattr(speedrun, "swift_keys", lambda: KNOWN)
+    monkeypatch.setattr(train, "swift_keys", lambda: KNOWN)
     with pytest.raises(InputError, match=words):
         speedrun.main(command(place, "--out", str(place / "no"), *flags))
     assert not (place / "no").exists()

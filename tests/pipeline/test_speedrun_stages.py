@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastmtp.inputs import resource
-from fastmtp.pipeline.speedrun_stages import NAMES, Plan, all_maps, map_sizes, stages, words
+from fastmtp.pipeline.speedrun_stages import NAMES, Plan, all_maps, map_sizes, stages, stages_until, words
 from fastmtp.pipeline.stages import facts_of
 
 
@@ -99,6 +99,7 @@ def test_a_model_with_a_head_of_its_own_needs_no_start(plan):
     prepared(plan, 151936, model="mimo")  # as prepare_model records a released MiMo
     made = by_name(plan)
     assert not {"fit", "start"} & {*made}
+    assert [stage.name for stage in stages_until(plan, "fit")] == ["prepare", "distil", "curate"]
     base = str(plan.out / "base")
     train, evaluate = made["train"].arguments, made["evaluate"].arguments
     assert train[train.index("--model") + 1] == base == evaluate[evaluate.index("--vanilla-model") + 1]
