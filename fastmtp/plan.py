@@ -180,7 +180,7 @@ def write(args, costs: CostTable, shape: dict, choices: list[Choice], judged: di
     files.write_json(args.out, plan)
     files.write_provenance(args.out, vars(args), [args.data, args.costs, *args.token_map])
     print(
-        f"{len(choices)} ways to draft at {args.streams} streams on {costs.gpu}; plain decoding "
+        f"{len(choices)} ways to draft (streams: {args.streams}, card: {costs.gpu}); plain decoding "
         f"{plan['plain_tokens_per_s']:.0f} tokens/s. The best:\n\n{table(plan['best'])}\n\n"
         f"serve it: fastmtp serve --model {args.model} --plan {args.out}"
     )

@@ -46,8 +46,8 @@ def read_plan(path: str | Path, model: str, adaptive: bool = False) -> Plan:
             best = content["chain"]
         steps = {int(n): k for n, k in best["steps_by_streams"].items()} if adaptive else {}
         tree = DynamicTree(best["topk"], best["num_steps"], best["nodes"]) if best["topk"] > 1 else None
-        text = f"{best['name']}, tau {best['tau']:.2f}, {best['speedup']:.2f}x of plain decoding expected at "
-        text += f"{content['streams']} streams on {content['gpu']}"
+        text = f"{best['name']}, tau {best['tau']:.2f}, {best['speedup']:.2f}x plain decoding expected "
+        text += f"(streams: {content['streams']}, card: {content['gpu']})"
         if adaptive:
             text = "steps " + ", ".join(f"{k} from {n} requests on" for n, k in steps.items())
         token_map, flags, environment = best["token_map"], [*best["flags"]], {**best["environment"]}
