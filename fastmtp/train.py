@@ -33,14 +33,14 @@ import yaml
 from fastmtp import files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.data import training_run
+from fastmtp.data import encoded_rows, training_run
 from fastmtp.data.recipe import apply_overrides, complete, read_recipe
 from fastmtp.data.recipe_check import check_head, check_keys, check_numbers, check_warmup
 from fastmtp.data.rendering import check_template
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.data.training_rows import Rules
 from fastmtp.data.training_run import Start, names, processes
-from fastmtp.data.training_set import TrainingSet, is_local, read_set, shuffled, split_count, write_set
+from fastmtp.data.training_set import TrainingSet, is_local, shuffled, split_count, write_set
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
 
@@ -107,7 +107,14 @@ def read_data(recipe: dict, max_dropped: float) -> dict[str, TrainingSet]:
     for key in ("dataset", "val_dataset"):
         local = [name for name in names(recipe, key) if is_local(name)]
         if local:
-            rows = read_set(local, tokenizer, rules, int(recipe.get("dataset_num_proc") or 1))
+            rows = encoded_rows.read_kept(
+                encoded_rows.kept_at(recipe["output_dir"], key),
+                local,
+                recipe["model"],
+                tokenizer,
+                rules,
+                int(recipe.get("dataset_num_proc") or 1),
+            )
             if rows.left_out == len(rows.encoded):
                 raise InputError(f"{', '.join(local)}: no row can be trained on: {rows.summary()}")
             if rows.left_out > max_dropped * len(rows.encoded):
@@ -152,6 +159,7 @@ def train(recipe: dict, overwrite: bool = False, max_dropped: float = MAX_DROPPE
     else:
         if start.checkpoint:
             print(f"{start.checkpoint}: continued from step {start.step}", flush=True)
+        encoded_rows.keep(output, sets)
         with tempfile.TemporaryDirectory(prefix="fastmtp-train-") as folder:
             code = run_swift(recipe, sets, start, Path(folder))
         if code == errno.ENOSPC:
@@ -168,6 +176,7 @@ def train(recipe: dict, overwrite: bool = False, max_dropped: float = MAX_DROPPE
     check_learnt(
         recipe["model"], start.checkpoint if start.finished else training_run.checkpoints(output)[-1]
     )
+    encoded_rows.forget(output, sets)
     recorded = "fingerprint" in (files.read_record(output / "run.json") or {})
     if int(os.environ.get("NODE_RANK") or 0) == 0 and not (start.finished and recorded):
         local = [name for name in names(recipe, "dataset") if is_local(name)]

@@ -33,12 +33,14 @@ CHUNK = 500  # rows that one process encodes at a time
 class TrainingSet:
     """The rows of some files.
 
-    encoded: per row its sequences (ids, labels) as int32, None if it is left out.
+    encoded: per row its sequences (ids, labels) as int32, None if it is left out. facts: what the rows depend
+    on, to keep them under (`encoded_rows`); None if they are kept.
     """
 
     encoded: list[list[tuple[np.ndarray, np.ndarray]] | None] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # reason -> file:line of its first row
+    facts: dict[str, object] | None = None
 
     @property
     def left_out(self) -> int:

@@ -221,6 +221,8 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_steps(work):
     process.communicate()  # ends when nothing is left that holds its pipes
     last = max(int(path.name.split("-")[1]) for path in (work / "stopped").glob("checkpoint-*"))
     assert last < LONG, "the training went on without its command"
+    kept = work / "stopped" / "encoded-dataset.npz"  # the rows, so that they are not encoded again
+    assert kept.exists()
     process = started(work, last + OFTEN)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -232,7 +234,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_steps(work):
     assert "continued from step" in result.stdout
     log = [json.loads(line) for line in (work / "stopped" / "logging.jsonl").read_text().splitlines()]
     steps = [int(row["global_step/max_steps"].split("/")[0]) for row in log if "mtp_loss_1" in row]
-    assert steps == list(range(1, LONG + 1))
+    assert steps == list(range(1, LONG + 1)) and not kept.exists()
     before = (work / "stopped" / f"checkpoint-{LONG}" / "model.safetensors").stat().st_mtime_ns
     result = sft(work, "stopped", **settings)
     succeeded(result)
