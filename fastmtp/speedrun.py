@@ -35,7 +35,7 @@ from fastmtp.vocab.lang import LANGUAGES
 SET_HERE = ("model", "dataset", "output_dir", "mtp_eval_data", "val_dataset")
 # The whole path on the CPU in minutes: a handful of prompts and steps, our own decoder in the engines' place.
 SMOKE = {"data": ["configs/data/examples.yaml"], "questions": "examples/questions", "model": "smollm2"}
-SMOKE |= {"recipe": "configs/quickstart.yaml", "prompts": 24, "max_new_tokens": 24, "num_questions": 2}
+SMOKE |= {"recipe": "configs/quickstart.yaml", "prompts": 24, "max_new_tokens": 24, "num_questions": 1}
 SMOKE |= {"tasks": "mt_bench,math_500", "gpus": 0}
 SMOKE_FLAGS = ["--max_steps", "4", "--logging_steps", "1", "--mtp_eval_limit", "4"]
 DEFAULTS = {"recipe": "configs/speedrun.yaml", "num_questions": 40, "tasks": "all"}

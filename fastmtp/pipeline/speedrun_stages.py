@@ -241,10 +241,10 @@ def evaluate(plan: Plan, start: str) -> Stage:
 
 def default_arms(plan: Plan, maps: list[str]) -> list[str]:
     """The paper's arms: plain decoding, the head before training, K=1 to 5, and K with every map."""
+    vanilla = [f"vanilla:{plan.steps}"]
     drafted = [f"fastmtp:{k}" for k in range(1, max(plan.steps, DRAFT_STEPS) + 1)]
     if plan.smoke:
-        drafted = [f"fastmtp:{plan.steps}"]
-    vanilla = [f"vanilla:{plan.steps}"]
+        vanilla, drafted = [], [f"fastmtp:{plan.steps}"]
     return ["baseline", *vanilla, *drafted, *(f"fastmtp:{plan.steps}+{name}" for name in maps)]
 
 
