@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -271,7 +272,7 @@ def finish_folder(folder: Path, config: dict, tokenizer=None) -> None:
 
 
 def _write_config(folder: Path, config: dict, model_type: str) -> None:
-    dropped = ("_name_or_path", "quantization_config", "transformers_version")
+    dropped = ("_name_or_path", "quantization_config")
     before = {name: value for name, value in config.items() if name not in dropped}
     own = before.get("model_type")
     config = before | {
@@ -284,6 +285,8 @@ def _write_config(folder: Path, config: dict, model_type: str) -> None:
             "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM",
         },
         "use_cache": True,
+        # without a version, transformers takes every large local tokenizer for one of Mistral's broken ones
+        "transformers_version": before.get("transformers_version") or transformers.__version__,
     }
     if model_type == "llama":  # a Llama source's q/k/v biases are zeros that a plain Llama does not need
         config["attention_bias"] = before.get("attention_bias", False) if own == "llama" else True

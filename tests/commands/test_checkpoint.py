@@ -1,6 +1,7 @@
 """Weights that are not whole, not finite or not a model's are refused in one line; nothing is made up."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fastmtp import checkpoint
-from fastmtp.checkpoint import check_weights, copy, read_head
+from fastmtp.checkpoint import check_weights, copy, finish_folder, read_head
 from fastmtp.cli import InputError
 from fastmtp.export import export
 from fastmtp.formats.weights import INDEX, headers
 from fastmtp.prepare_model import prepare
+from fastmtp.tokenizer import load_tokenizer
 
 SHAPE = tiny.SHAPE | dict(vocab_size=320, max_position_embeddings=128)
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -253,3 +255,32 @@ def test_outputs_share_no_file_with_their_inputs(sources, tmp_path):
         for path in f.iterdir()
     ]
     assert len(inodes) == len(set(inodes))
+
+
+def messages(folder: Path) -> list[str]:
+    """What transformers warns of when it reads the tokenizer of `folder`."""
+    lines, logger = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        load_tokenizer(folder)
+    finally:
+        logger.removeHandler(handler)
+    return lines
+
+
+def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(tmp_path):
+    """transformers asks config.json which version wrote the folder, and warns if there is none."""
+    folder = save_folder(tmp_path / "model")
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    stored["model"]["vocab"] |= {f"word{n}": 1000 + n for n in range(100_001)}
+    (folder / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for version in ("4.40.1", None):
+        finish_folder(folder, config | {"transformers_version": version})
+        assert not messages(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del written["transformers_version"]
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    assert any("regex" in line for line in messages(folder)), "the test has lost its point"
