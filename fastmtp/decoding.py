@@ -73,6 +73,7 @@ def compare(
                     "identical": plain.ids == drafted.ids,
                     "plain_ids": plain.ids,
                     "verify_passes": drafted.verify_passes,
+                    "accepted": drafted.accepted,
                     "histogram": drafted.histogram,
                     "plain_s": plain.decode_s,
                     "draft_s": drafted.decode_s,

@@ -52,12 +52,13 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 
 @dataclass
 class Generation:
-    """One answer. ids: output tokens, the end token included; histogram[j]: verify passes with j accepted
-    drafts.
+    """One answer. ids: output tokens, the end token included; accepted[i]: accepted drafts that verify pass i
+    kept, before one token of the backbone's own; histogram[j]: verify passes with j accepted drafts.
     """
 
     ids: list[int]
     verify_passes: int
+    accepted: list[int]
     histogram: list[int]
     prefill_s: float
     decode_s: float
@@ -277,7 +278,7 @@ def generate(
         state = drafter.step(states, torch.tensor([tokens[1:]], device=backbone.device), 0)
     prefilled = time.perf_counter()
 
-    histogram = [0] * (depth + 1)
+    accepted = []
     while tokens[-1] not in ends and len(tokens) < goal:
         # Draft after the newest token, which the backbone has not read yet.
         last, root = len(tokens) - 1, tokens[-1]
@@ -299,7 +300,7 @@ def generate(
         new = [*(drawing.tokens[node] for node in path), extra]
         stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         kept = new[: min(stop, goal - len(tokens))]
-        histogram[min(len(path), len(kept))] += 1
+        accepted.append(min(len(path), len(kept)))
         tokens += kept
 
         # The head's keys of kept tokens come from true states of the backbone.
@@ -308,4 +309,6 @@ def generate(
             state = drafter.step(states[:, [0, *path]], read, last)
     decoded = time.perf_counter()
     output = tokens[len(prompt_ids) :]
-    return Generation(output, sum(histogram), histogram, prefilled - started, decoded - prefilled)
+    histogram = [accepted.count(count) for count in range(depth + 1)]
+    seconds = prefilled - started, decoded - prefilled
+    return Generation(output, len(accepted), accepted, histogram, *seconds)

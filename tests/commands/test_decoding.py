@@ -40,6 +40,7 @@ def check_counts(found, num_steps: int) -> None:
     is free.
     """
     assert sum(found.histogram) == found.verify_passes and len(found.histogram) == num_steps + 1
+    assert found.histogram == [found.accepted.count(drafts) for drafts in range(num_steps + 1)]
     most = 1 + sum((j + 1) * passes for j, passes in enumerate(found.histogram))
     assert most - 1 <= len(found.ids) <= most
 
@@ -68,6 +69,16 @@ def test_useful_drafts_save_passes_and_change_nothing(useful):
             assert found.ids == plain_greedy(useful.model.net, prompt, 30, set())
             assert found.verify_passes < 27
             check_counts(found, num_steps)
+
+
+def test_accepted_drafts_are_listed_in_the_order_of_the_passes(useful):
+    """Decoded anew from where a pass began, the first pass accepts as many drafts."""
+    prompt = useful.prompts[0]
+    whole = generate(useful.model, prompt, 30, 3)
+    assert len(set(whole.accepted)) > 1, "the test has lost its point"
+    for turn, accepted in enumerate(whole.accepted[:-1]):
+        text = prompt + whole.ids[: turn + sum(whole.accepted[:turn])]
+        assert generate(useful.model, text, 5, 3).accepted[0] == accepted
 
 
 @pytest.mark.parametrize("count", range(1, 9))
