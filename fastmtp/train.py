@@ -210,6 +210,7 @@ def run_swift(recipe: dict, sets: dict[str, TrainingSet], start: Start, folder: 
         write_set(rows.sequences(order), folder / key)
         recipe["cached_" + key] = [str(folder / key)]
         recipe[key] = [name for name in data if not is_local(name)]
+    recipe.setdefault("disable_tqdm", not sys.stderr.isatty())  # a log file gets its lines without a bar
     if recipe.get("max_steps") == 1:
         recipe |= {"warmup_ratio": None, "warmup_steps": None}  # the first step of a warmup has the rate 0
     resolved = folder / "recipe.yaml"  # ms-swift copies it to output_dir
