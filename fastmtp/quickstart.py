@@ -1,8 +1,9 @@
 """The whole idea on a real small model, on a laptop: every stage is a command that you can run by itself.
 
 prepare -> distil -> curate -> vocab -> train -> export -> decode held-out prompts -> acceptance -> report.
-The prompts are decoded twice: with the head just trained, and with the one that comes with the package, which
-saw a hundred times the text. A finished stage is reused while its command, the content of the files it reads
+The prompts are decoded with the head just trained, and in bfloat16 also with the one that comes with the
+package, which saw hundreds of times the text. At the end one answer is shown as plain and as drafted decoding
+wrote it. A finished stage is reused while its command, the content of the files it reads
 and makes, this package's code and the machine are the same; an interrupted one resumes. Run by
 scripts/quickstart.sh, which first makes the environment.
 
@@ -12,29 +13,48 @@ scripts/quickstart.sh, which first makes the environment.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import importlib.metadata
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import logging
+
 from fastmtp import files
 from fastmtp.checkpoint import HEADS
 from fastmtp.cli import Parser, run
+from fastmtp.data.prompts import read_prompts
 from fastmtp.fingerprint import code, machine
-from fastmtp.inputs import read_json, read_jsonl
+from fastmtp.inputs import read_json, read_jsonl, resource
 from fastmtp.pipeline import stages as pipeline
 from fastmtp.pipeline.stages import Stage
-from fastmtp.tau import summarise
+from fastmtp.show import side_by_side
+from fastmtp.tau import Acceptance, summarise
+from fastmtp.tokenizer import load_tokenizer
 
 PROMPTS = "examples/prompts.jsonl"
 RECIPE, CLEANING = "configs/quickstart.yaml", "configs/quickstart_curate.yaml"
 RECIPES = (RECIPE, "configs/base.yaml")
 BASE = "models/smollm2"
 VANILLA, SHIPPED = "smollm2-vanilla", "smollm2-fastmtp"  # heads that come with the package
+TOKEN_MAP = "en_8k.pt"
+DECODED = ("float32", "bfloat16", "shipped-bfloat16")
+LOG_WIDTH = 110  # columns of the last screen where there is no terminal
+# The libraries' own messages: errors alone, unless the user asks for more.
+QUIET = {"LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+NEXT = (
+    "Where to go next",
+    "  docs/tutorial.md      serve this model with vLLM on the CPU, and talk to it",
+    "  docs/your_model.md    the same for a model of your own",
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +62,12 @@ class Sizes:
     """How much of everything: the full run, or the smoke run."""
 
     name: str = "quickstart"
-    prompts: int = 320
-    answer_tokens: int = 128
+    prompts: int = 160
+    answer_tokens: int = 96
     train: str = ""
-    heldout: int = 24
-    heldout_tokens: int = 64
-    timed: int = 16
+    heldout: int = 16
+    heldout_tokens: int = 48
+    timed: int = 12
 
 
 SMOKE = Sizes("quickstart-smoke", 16, 24, "--max_steps 4 --logging_steps 1", 4, 16, 4)
@@ -74,7 +94,7 @@ def training(s: Sizes) -> list[Stage]:
         Stage(
             "distil",
             "fastmtp.distill",
-            f"--model {BASE} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 64"
+            f"--model {BASE} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 80"
             f" --max-new-tokens {s.answer_tokens} --out {distilled}",
             distilled,
             (BASE, PROMPTS),
@@ -111,18 +131,19 @@ def training(s: Sizes) -> list[Stage]:
 
 
 def measuring(s: Sizes) -> list[Stage]:
-    """Held-out prompts with both heads, in float32 for exactness and in bfloat16 for speed; the report."""
+    """Held-out prompts in float32 for exactness, and in bfloat16 for speed with both heads; the report."""
     tuned, runs, out = f"models/{s.name}", f"runs/{s.name}", f"results/{s.name}"
-    token_map = f"data/{s.name}/vocab/en_8k.pt"
+    token_map = f"data/{s.name}/vocab/{TOKEN_MAP}"
     decode = f"--model {tuned} --prompts {PROMPTS} --split heldout --token-map {token_map}"
     decode += f" --max-new-tokens {s.heldout_tokens}"
     decoding = []
-    for prefix, flag, head in (("", "", ()), ("shipped-", f"--head {SHIPPED}", (SHIPPED,))):
-        for dtype, limit in (("float32", s.heldout), ("bfloat16", s.timed)):
-            made = f"{out}/{prefix}{dtype}.jsonl"
-            words = f"{decode} {flag} --limit {limit} --dtype {dtype} --out {made}"
-            reads = (tuned, PROMPTS, token_map, *head)
-            decoding.append(Stage(f"decode {prefix}{dtype}", "fastmtp.decoding", words, made, reads))
+    for name in DECODED:
+        dtype, head = name.removeprefix("shipped-"), (SHIPPED,) if name.startswith("shipped-") else ()
+        made, limit = f"{out}/{name}.jsonl", s.heldout if dtype == "float32" else s.timed
+        flag = "".join(f" --head {shipped}" for shipped in head)
+        words = f"{decode}{flag} --limit {limit} --dtype {dtype} --out {made}"
+        reads = (tuned, PROMPTS, token_map, *head)
+        decoding.append(Stage(f"decode {name}", "fastmtp.decoding", words, made, reads))
     decoded = tuple(stage.makes for stage in decoding)
     heads = (VANILLA, f"{runs}/last-checkpoint", SHIPPED)
     return [
@@ -143,6 +164,13 @@ def measuring(s: Sizes) -> list[Stage]:
             (runs, f"{out}/acceptance.json", *decoded),
         ),
     ]
+
+
+def quieten() -> None:
+    """Of the libraries' messages, show errors alone; a variable that the user has set decides otherwise."""
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
+    logging.set_verbosity(logging.log_levels[os.environ["TRANSFORMERS_VERBOSITY"]])
 
 
 def facts_of(stage: Stage) -> dict[str, object]:
@@ -169,18 +197,18 @@ def execute(stage: Stage) -> None:
 
 def summarise_run(sizes: Sizes, log: dict, install_s: float | None) -> dict:
     """Write summary.json; returns it. Accept length and identity in float32, speed-up in bfloat16; of the
-    head just trained, those of the shipped head under "shipped".
+    head just trained, those of the shipped head under "shipped", its accept length from `acceptance`.
     """
     out = Path("results") / sizes.name
-    exact, fast, shipped_exact, shipped_fast = (
-        summarise([row for _, row in read_jsonl(out / f"{prefix}{dtype}.jsonl")])
-        for prefix in ("", "shipped-")
-        for dtype in ("float32", "bfloat16")
-    )
+    exact, fast, shipped = (summarise(rows_of(sizes, name)) for name in DECODED)
     seconds = {name: entry["seconds"] for name, entry in log.items()}
     if install_s is not None:  # a later call finds the environment made: keep what making it took
         before = read_json(out / "summary.json")["seconds"] if (out / "summary.json").exists() else {}
         seconds = {"install": max(install_s, before.get("install", 0.0))} | seconds
+    passed = Acceptance()
+    for row in read_json(out / "acceptance.json")["rows"]:
+        if (row["head"], row["map"]) == (SHIPPED, Path(TOKEN_MAP).stem):
+            passed.add(row["output_tokens"], row["histogram"])
     summary = {
         "tau": round(exact["accept_length"], 3),
         "speedup": round(fast["speedup"], 3),
@@ -189,10 +217,44 @@ def summarise_run(sizes: Sizes, log: dict, install_s: float | None) -> dict:
         "seconds": seconds,
         "float32": exact,
         "bfloat16": fast,
-        "shipped": {"float32": shipped_exact, "bfloat16": shipped_fast},
+        "shipped": {"tau": round(passed.accept_length, 3), "bfloat16": shipped},
     }
     files.write_json(out / "summary.json", summary)
     return summary
+
+
+def rows_of(sizes: Sizes, name: str) -> list[dict]:
+    """What a decode stage wrote."""
+    return [row for _, row in read_jsonl(Path("results") / sizes.name / f"{name}.jsonl")]
+
+
+def last_screen(sizes: Sizes) -> str:
+    """The held-out answer of median accept length among those that came out the same both ways, in bfloat16
+    if there are any; and what to read next. Both texts side by side on a terminal; in a log, the drafted one
+    alone.
+    """
+    rows = {name: rows_of(sizes, name) for name in ("bfloat16", "float32")}
+    same = {name: [row for row in answers if row["identical"]] for name, answers in rows.items()}
+    dtype = next((name for name in rows if same[name]), "float32")
+    answers = same[dtype] or rows[dtype]
+    answers.sort(key=lambda row: len(row["output_ids"]) / max(1, row["verify_passes"]))
+    row = answers[len(answers) // 2]
+    terminal, colours = sys.stdout.isatty(), side_by_side.has_colours(sys.stdout)
+    width = shutil.get_terminal_size().columns if terminal else LOG_WIDTH
+
+    decode = functools.partial(load_tokenizer(BASE).decode, skip_special_tokens=True)
+    steps = [0] * (len(row["plain_ids"]) - 1)  # plain passes: the first token comes from the prefill
+    plain = side_by_side.titled("plain", row["plain_ids"], steps, row["plain_s"], decode)
+    drafts = side_by_side.titled("with drafts", row["output_ids"], row["accepted"], row["draft_s"], decode)
+    shown = (plain, drafts) if terminal else (drafts,)
+
+    asked = next(p for p in read_prompts(resource(PROMPTS), "heldout") if p["id"] == row["id"])
+    lines = ["", "> " + textwrap.shorten(asked["messages"][-1]["content"], width - 2, placeholder=" ...")]
+    lines += ["", side_by_side.comparison(shown, width, colours), ""]
+    lines += [] if terminal else [plain[0]]
+    verdict = "both texts are the same" if row["identical"] else "the texts differ"
+    lines.append(f"{'Green' if colours else '[...]'}: drafts that the model accepted. In {dtype}; {verdict}.")
+    return "\n".join([*lines, "", *NEXT, ""])
 
 
 def parser() -> Parser:
@@ -209,6 +271,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     sizes = SMOKE if args.smoke else Sizes()
+    quieten()
     record = Path("results") / sizes.name / "stages.json"
     files.claim(record.parent, folder=True)
     log = pipeline.read_log(record)
@@ -216,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipeline.perform(stage, facts_of(stage), log, record, execute)
     s = summarise_run(sizes, log, args.install_seconds)
     files.write_provenance(record.parent, vars(args))
+    print(last_screen(sizes))
     line = f"tau={s['tau']:.2f} speedup={s['speedup']:.2f} lossless={str(s['lossless']).lower()}"
     print(f"quickstart: {line} report={s['report']}")
 

@@ -1,12 +1,16 @@
 """What the quickstart's stages say fits together."""
 
 import importlib
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from fastmtp import fingerprint, quickstart
+from fastmtp.data.prompts import read_prompts
 from fastmtp.fingerprint import differences
 from fastmtp.inputs import resource
 from fastmtp.quickstart import SMOKE, VANILLA, Sizes, facts_of, stages
@@ -59,15 +63,63 @@ def test_smoke_and_full_run_share_nothing_but_the_base_model():
 
 
 def test_trained_and_shipped_head_decode_the_same_prompts():
-    """In both precisions with the same words but for the head and the file, and all four reach the report."""
+    """In bfloat16 with the same words but for the head and the file, and everything reaches the report."""
     made = {s.name: s for s in stages(Sizes())}
-    for dtype in ("float32", "bfloat16"):
-        own, shipped = made[f"decode {dtype}"], made[f"decode shipped-{dtype}"]
-        rest = [
-            word for word in shipped.arguments if word not in ("--head", quickstart.SHIPPED, shipped.makes)
-        ]
-        assert (
-            rest == [word for word in own.arguments if word != own.makes]
-            and quickstart.SHIPPED in shipped.arguments
-        )
-        assert {own.makes, shipped.makes} <= set(made["report"].arguments)
+    own, shipped = made["decode bfloat16"], made["decode shipped-bfloat16"]
+    rest = [word for word in shipped.arguments if word not in ("--head", quickstart.SHIPPED, shipped.makes)]
+    assert rest == [word for word in own.arguments if word != own.makes]
+    assert quickstart.SHIPPED in shipped.arguments
+    assert {own.makes, shipped.makes, made["decode float32"].makes} <= set(made["report"].arguments)
+
+
+def decoded(turn: int, accepted: list[int], identical: bool) -> dict:
+    """A row of `decoding` for a held-out prompt."""
+    prompt = read_prompts(resource(quickstart.PROMPTS), "heldout")[turn]
+    ids = [5] * (1 + sum(accepted) + len(accepted))
+    row = {"id": prompt["id"], "plain_ids": ids, "output_ids": ids, "identical": identical}
+    row |= {"histogram": [accepted.count(j) for j in range(4)], "plain_s": 2.0, "draft_s": 1.0}
+    return row | {"verify_passes": len(accepted), "accepted": accepted}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch, base_folder):
+    """What the stages before the last screen wrote, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "BASE", str(base_folder))
+    out = tmp_path / "results" / SMOKE.name
+    out.mkdir(parents=True)
+    for name in quickstart.DECODED:
+        rows = [decoded(0, [3, 3], False), decoded(1, [0, 0], True)]
+        rows += [decoded(2, [1, 0], True), decoded(3, [3, 0], True)]
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"head": quickstart.SHIPPED, "output_tokens": 30, "histogram": [10, 5]}
+    rows = [row | {"map": "full"}, row | {"map": "en_8k", "output_tokens": 24}]
+    (out / "acceptance.json").write_text(json.dumps({"rows": rows}))
+    return out
+
+
+def test_the_shipped_heads_tau_is_acceptances_with_the_map(results):
+    summary = quickstart.summarise_run(SMOKE, {}, None)
+    assert summary["shipped"]["tau"] == 1.6 and summary["shipped"]["bfloat16"]["identical"] == 3
+    assert not summary["lossless"] and summary["speedup"] == 2.0
+
+
+def test_the_last_screen_shows_the_median_of_the_answers_that_came_out_the_same(results):
+    screen = quickstart.last_screen(SMOKE).split("\n")
+    question = read_prompts(resource(quickstart.PROMPTS), "heldout")[2]["messages"][-1]["content"]
+    assert screen[1].startswith(f"> {question[:40]}") and len(screen) < 16
+    assert "with drafts: 2 passes, 4.0 tokens/s" in screen and "plain: 3 passes, 2.0 tokens/s" in screen
+    assert any("both texts are the same" in line for line in screen)
+    assert "docs/tutorial.md" in "".join(screen) and "\x1b" not in "".join(screen)
+
+
+def test_what_the_libraries_say_is_the_users_choice(monkeypatch):
+    before = logging.get_verbosity()
+    monkeypatch.delenv("LOG_LEVEL", raising=False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    try:
+        quickstart.quieten()
+        assert os.environ["LOG_LEVEL"] == "ERROR" and logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
+        os.environ.pop("LOG_LEVEL", None)

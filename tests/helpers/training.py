@@ -38,6 +38,7 @@ def sft(
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
         "mtp_eval_data": work / "heldout.jsonl",
+        "group_by_length": "false",  # it excludes packing, and the order must not hang on the batch size
         # the plain loss, whose steps add up to what the log says
         "mtp_labels": "data",
         "mtp_prefix_floor": 1.0,
