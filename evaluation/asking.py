@@ -174,9 +174,11 @@ async def _answer(
 
 
 def checked(turn: Turn, num_steps: int) -> Turn:
-    """A turn whose accounting fits the arm. An answer of one token comes from prefill alone: nothing was
-    verified.
+    """A turn whose accounting fits the arm, and whose text the next turn's prompt can hold. An answer of one
+    token comes from prefill alone: nothing was verified.
     """
+    if turn.text is None:
+        raise BackendError("the server gives no text; start it without --skip-tokenizer-init")
     if num_steps == 0:
         if turn.verify_passes:
             raise BackendError(

@@ -38,13 +38,14 @@ REJECTIONS = (400, 413, 422)  # HTTP statuses that say something of one request,
 class Turn:
     """One request's answer. Seconds are the client's clock.
 
-    output_ids: end token included. verify_passes, histogram: None and [] without speculation; `histogram[j]`
-    counts the verify passes with exactly j accepted drafts. first_tokens: tokens that came with the first
-    chunk, first_s: when it came; so (tokens - first_tokens) / (latency_s - first_s) is decoding alone.
+    output_ids: end token included. text: None from a server without a tokenizer. verify_passes, histogram:
+    None and [] without speculation; `histogram[j]` counts the verify passes with exactly j accepted drafts.
+    first_tokens: tokens that came with the first chunk, first_s: when it came; so (tokens - first_tokens) /
+    (latency_s - first_s) is decoding alone.
     """
 
     output_ids: list[int]
-    text: str
+    text: str | None
     prompt_tokens: int
     verify_passes: int | None
     histogram: list[int]
@@ -241,12 +242,13 @@ def _turn(last: dict, url: str, first_tokens: int, first_s: float, latency_s: fl
         )
     if not all(type(i) is int and i >= 0 for i in ids):
         raise BackendError(f"{url}/generate: output_ids that are no token ids; is this an SGLang server?")
-    if not isinstance(last.get("text"), str):  # the next turn's prompt would lack it
-        raise BackendError(f"{url}/generate: no text; start the server without --skip-tokenizer-init")
+    text = last.get("text")
     passes = meta.get("spec_verify_ct")
     return Turn(
         output_ids=ids,
-        text=last["text"].encode("utf-8", "replace").decode(),  # no half characters
+        text=text.encode("utf-8", "replace").decode()
+        if isinstance(text, str)
+        else None,  # no half characters
         prompt_tokens=meta.get("prompt_tokens", 0),
         verify_passes=passes if type(passes) is int else None,
         histogram=_histogram(meta),

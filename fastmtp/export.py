@@ -42,6 +42,7 @@ from fastmtp.cli import InputError, Parser, run
 from fastmtp.engines.vllm_stock import MODEL, add_backbone
 from fastmtp.fingerprint import CACHE
 from fastmtp.formats.weights import INDEX, Entry, check_finite, read_tensors
+from fastmtp.head.modeling_mimo import HIDDEN
 from fastmtp.inputs import read_json
 from fastmtp.show import card
 from fastmtp.tokenizer import check_fits, copy_templates, load_tokenizer
@@ -68,6 +69,10 @@ def export(
     new = {name: tensor.to(old[name].dtype).contiguous() for name, tensor in new.items()}
     check_finite(new.items(), f"{head} in {base}'s dtype")
     contract = {"mtp_hidden": head_state(head)}
+    if (state := contract["mtp_hidden"]) not in HIDDEN:
+        raise InputError(
+            f"{head}: mtp_hidden is '{state}', must be {' or '.join(HIDDEN)}; fix its config.json"
+        )
     if vllm_stock and contract["mtp_hidden"] != CONTRACT["mtp_hidden"]:
         raise InputError(
             f"{head}: it was trained for vLLM's own MiMo, which serves the usual folder; omit --for"

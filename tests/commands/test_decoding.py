@@ -318,8 +318,8 @@ def answered(ids) -> dict:
         ({"messages": [{"content": "x"}]}, "prompts.jsonl:2: "),
         ({"messages": [{"role": "tool", "content": "5"}]}, "prompts.jsonl:2: "),
         ({"id": "half \ud83d", "prompt": "x"}, "prompts.jsonl:2: "),
-        (answered([9999]), "`token_ids` has '9999'"),
-        (answered(["5"]), "`token_ids` has '5'"),
+        (answered([9999]), "'token_ids' holds 9999, which is no token id"),
+        (answered(["5"]), "'token_ids' holds '5', which is no token id"),
         (answered([70, 71, 72]), "`token_ids` spell other text"),
     ],
     ids=[

@@ -209,14 +209,21 @@ def test_verify_passes_that_cannot_be_are_not_believed(passes, tokenizer, tmp_pa
         ({"output_ids": ["a"]}, "no token ids"),
         ({"output_ids": [-1]}, "no token ids"),
         ({"output_ids": [1.5]}, "no token ids"),
-        ({"text": None}, "--skip-tokenizer-init"),
     ],
 )
-def test_an_answer_that_is_no_tokens_or_no_text_is_refused(change, message):
+def test_an_answer_that_is_no_tokens_is_refused(change, message):
     meta = {"completion_tokens": 1, "finish_reason": {"type": "stop"}}
     last = {"output_ids": [7], "text": "red", "meta_info": meta} | change
     with pytest.raises(BackendError, match=message):
         backends._turn(last, "http://x", 1, 0.1, 0.2, 0.0)
+
+
+def test_a_server_without_a_tokenizer_is_named(tokenizer, tmp_path):
+    with (
+        StandIn(fault=lambda n, _: "no text") as server,
+        pytest.raises(BackendError, match="no text; start it"),
+    ):
+        collect(server, tokenizer, tmp_path / "a.jsonl")
 
 
 def test_verify_passes_of_zero_beside_many_tokens_are_not_believed(tokenizer, tmp_path, monkeypatch):

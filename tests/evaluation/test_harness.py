@@ -268,7 +268,7 @@ def test_the_key_goes_to_the_server_and_into_no_file(folder, tmp_path, monkeypat
         (["--temperature", "nan"], "--temperature nan"),
         (["--timeout", "0"], "--timeout 0.0"),
         (["--host", "127.0.0.1", "--port", "70000"], "--port 70000: must be between 1 and 65535"),
-        (["--model", "nowhere"], "nowhere: no tokenizer"),
+        (["--model", "nowhere"], "nowhere: no such model folder"),
     ],
 )
 def test_wrong_use(more, message, folder, tmp_path):

@@ -35,9 +35,10 @@ def check(model, questions, out, *more):
     return json.loads((out / "lossless.json").read_text())
 
 
-def accept_everything(drafts, choices):
-    """The planted error: every draft is believed."""
-    return len(drafts), choices[len(drafts)]
+def accept_everything(tokens, parents, choose):
+    """The planted error: every draft of the chain is believed."""
+    path = list(range(1, len(tokens)))
+    return path, choose(path[-1] if path else 0)
 
 
 def test_verified_drafts_give_the_models_own_text(model, questions, tmp_path, capsys):
@@ -49,7 +50,7 @@ def test_verified_drafts_give_the_models_own_text(model, questions, tmp_path, ca
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_drafts_accepted_without_verification_are_caught(dtype, model, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(speculative, "accept_greedy", accept_everything)
+    monkeypatch.setattr(speculative, "walk", accept_everything)
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match="changed the model's text"):
         check(model, questions, out, "--dtype", dtype)

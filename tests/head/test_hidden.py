@@ -86,6 +86,6 @@ def test_it_is_a_recipe_key_of_two_values(base_folder, tmp_path):
         _ = MiMoConfig(mtp_hidden="normed").objective
     (tmp_path / "odd").mkdir()
     save_head(tmp_path / "odd", read_head(base_folder), "normed")
-    export(base_folder, tmp_path / "odd", tmp_path / "model")
-    with pytest.raises(InputError, match="mtp_hidden"):
-        check(tmp_path / "model")
+    with pytest.raises(InputError, match="mtp_hidden is 'normed', must be post_norm or pre_norm"):
+        export(base_folder, tmp_path / "odd", tmp_path / "model")
+    assert not (tmp_path / "model").exists()

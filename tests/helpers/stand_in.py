@@ -90,8 +90,8 @@ def free_port() -> int:
 
 
 class StandIn(ThreadingHTTPServer):
-    """`fault(n, path)` may return "400", "429", "500", "hang", "malformed", "cut", "abort", "slow" or "drop"
-    for the nth /generate.
+    """`fault(n, path)` may return "400", "429", "500", "hang", "malformed", "cut", "abort", "slow", "no text"
+    or "drop" for the nth /generate.
     """
 
     daemon_threads = True
@@ -222,6 +222,8 @@ class Handler(BaseHTTPRequestHandler):
                 "spec_accept_histogram": histogram,
             }
         last = {"text": " ".join(f"w{i}" for i in ids), "output_ids": ids, "meta_info": done}
+        if fault == "no text":  # SGLang with --skip-tokenizer-init
+            first.pop("text"), last.pop("text")
         if fault == "malformed":
             last["meta_info"] = {"finish_reason": reason}
         if fault == "abort":
@@ -301,7 +303,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--num-steps", type=int, default=0)
     args = parser.parse_args()
-    StandIn(args.port, num_steps=args.num_steps).serve_forever()
+    # Only dummy weights are served this way: without a tokenizer.
+    StandIn(args.port, num_steps=args.num_steps, fault=lambda number, path: "no text").serve_forever()
 
 
 if __name__ == "__main__":
