@@ -184,7 +184,8 @@ def started(monkeypatch):
         if "--broken" in point.variant.flags and point.num_steps:
             return [sys.executable, "-c", "print('no such kernel'); raise SystemExit(3)"]
         script = Path(__file__).parents[1] / "helpers" / "stand_in.py"
-        return [sys.executable, str(script), "--port", str(port), "--num-steps", str(point.num_steps)]
+        steps = ["--num-steps", str(point.num_steps), "--no-text"]  # dummy weights have no tokenizer
+        return [sys.executable, str(script), "--port", str(port), *steps]
 
     start = speed_model.start
 

@@ -160,8 +160,10 @@ except KeyboardInterrupt:
 """
     program(tmp_path, stage)
     runner = f"""
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from fastmtp.cli import run
 from fastmtp.pipeline.processes import in_process
 from fastmtp.pipeline.stages import Stage

@@ -34,6 +34,8 @@ ADDED = {  # by module: what makes it small
     "fastmtp.train": TINY,
     "fastmtp.fit_head": "--dtype float32",
 }
+# They start processes of their own, and a fork of this process, whose libraries run threads, can hang.
+FORKING = ("fastmtp.train", "fastmtp.curate", "fastmtp.build_vocab")
 SMALLER = {"8k,16k,32k": "300,310", "_16k": "_300", "_32k": "_310"}  # the tiny tokenizer has 320 tokens
 
 
@@ -94,7 +96,7 @@ def run(words: list[str], place: Path) -> None:
         words = ["python", "-m", cli.COMMANDS[words[1]].module, *words[2:]]
     assert words[:2] == ["python", "-m"], f"this test cannot run {words}; mark its block as not run"
     module, words = words[2], [*words[3:], *ADDED.get(words[2], "").split()]
-    if module == "fastmtp.train":  # it starts processes of its own
+    if module in FORKING:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", module, *words]
         result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)

@@ -302,9 +302,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--num-steps", type=int, default=0)
+    parser.add_argument("--no-text", action="store_true", help="as SGLang with --skip-tokenizer-init")
     args = parser.parse_args()
-    # Only dummy weights are served this way: without a tokenizer.
-    StandIn(args.port, num_steps=args.num_steps, fault=lambda number, path: "no text").serve_forever()
+    fault = "no text" if args.no_text else None
+    StandIn(args.port, num_steps=args.num_steps, fault=lambda number, path: fault).serve_forever()
 
 
 if __name__ == "__main__":
