@@ -20,16 +20,7 @@ from torch import Tensor
 from fastmtp.head.teacher import chunks
 from fastmtp.reference.model import Model
 from fastmtp.reference.speculative import Backbone, Drafter
-from fastmtp.reference.teacher_forced import (
-    FULL,
-    Results,
-    anchors_of,
-    batches,
-    collect,
-    followed,
-    most_places,
-    pooled,
-)
+from fastmtp.reference.teacher_forced import FULL, Results, collect, measure_tables, pooled
 from fastmtp.show import markdown
 from fastmtp.show.progress import Bar
 from fastmtp.tau import stride
@@ -52,38 +43,18 @@ def rank(hidden: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     return ranks
 
 
-@torch.inference_mode()
-def draft_ranks(
-    model: Model,
-    pairs: Sequence[tuple[list[int], list[int]]],
-    depth: int,
-    token_maps: dict[str, Tensor | None],
-) -> list[dict[str, Tensor]]:
-    """For each of `pairs` (prompt ids, output ids): {map name: ranks [n-1, depth] int32} (see trees/fit.py),
-    from one padded forward pass.
+def text_ranks(
+    hidden: Tensor, weight: Tensor, allowed: Tensor | None, text: Tensor, inside: Tensor
+) -> Tensor:
+    """[N] int32, see `teacher_forced.draft_tables`: the rank of the text's token (see trees/fit.py); MISS
+    outside the map and behind the answer.
     """
-    weight = model.net.lm_head.weight
-    ids, mask, places, left = (x.to(weight.device) for x in anchors_of(pairs))
-    _, states, _ = model.net.mtp_states(ids, mask, num_steps=depth, attention="exact")
-    text = torch.cat([ids.flatten(), ids.new_zeros(depth + 1)])
-
-    tables: list[dict[str, Tensor]] = [{} for _ in pairs]
-    for name, token_map in token_maps.items():
-        allowed = None if token_map is None else token_map.to(weight.device)
-        small = weight if allowed is None else weight[allowed]
-        ranks = torch.full((len(places), depth), MISS, dtype=torch.int32)
-        for step, state in enumerate(states):
-            # Only a token of the map, within the answer, has a rank.
-            rows = text[places + step + 2]
-            drafted = left > step
-            if allowed is not None:
-                drafted &= torch.isin(rows, allowed)
-                rows = torch.searchsorted(allowed, rows)
-            hidden = state.flatten(0, 1)[places[drafted]]
-            ranks[drafted.cpu(), step] = rank(hidden, small, rows[drafted]).int().cpu()
-        for by_map, part in zip(tables, ranks.split([len(output) - 1 for _, output in pairs]), strict=True):
-            by_map[name] = part
-    return tables
+    if allowed is not None:
+        inside = inside & torch.isin(text, allowed)
+        text = torch.searchsorted(allowed, text)
+    ranks = torch.full(text.shape, MISS, dtype=torch.int32, device=text.device)
+    ranks[inside] = rank(hidden[inside], weight, text[inside]).int()
+    return ranks
 
 
 def measure_ranks(
@@ -97,17 +68,9 @@ def measure_ranks(
     """{map name: ranks [n-1, depth] of every sample, in order}; maps and `vocab` as in
     `teacher_forced.measure_at`, "full" included.
     """
-    maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
-    tables: dict[int, dict[str, Tensor]] = {}
-    with Bar(total=len(samples), desc="ranks of the text", unit="sample", leave=False) as bar:
-        for batch in batches(samples, batch_tokens or most_places(model)):
-            pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
-            for i, pair, by_map in zip(batch, pairs, draft_ranks(model, pairs, depth, maps), strict=True):
-                if vocab:
-                    by_map[AUTO] = followed(vocab, *pair, by_map)
-                tables[i] = by_map
-            bar.update(len(batch))
-    return {name: [tables[i][name] for i in range(len(samples))] for name in tables[0]}
+    return measure_tables(
+        model, samples, depth, text_ranks, "ranks of the text", token_maps, batch_tokens, vocab
+    )
 
 
 @torch.inference_mode()

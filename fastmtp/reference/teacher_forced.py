@@ -9,7 +9,7 @@ cost of one forward pass.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fastmtp.vocab.draft_vocab import AUTO, DraftVocab, names_by_anchor
 FULL = "full"  # the name of no map
 Results = dict[tuple[str, str, str], Acceptance]  # by source, language, map name
 Pair = tuple[list[int], list[int]]  # prompt ids, output ids
+Judge = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]  # see `draft_tables`
 
 
 def anchors_of(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,30 +45,41 @@ def anchors_of(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def draft_hits(
-    model: Model, pairs: Sequence[Pair], num_steps: int, token_maps: dict[str, Tensor | None]
+def draft_tables(
+    model: Model, pairs: Sequence[Pair], num_steps: int, token_maps: dict[str, Tensor | None], judge: Judge
 ) -> list[dict[str, Tensor]]:
-    """For each of `pairs`: {map name: hits [n-1, K]} (see `walk`), from one padded forward pass."""
+    """For each of `pairs`: {map name: table [n-1, K]}, from one padded forward pass.
+
+    judge(hidden, weight, allowed, text, inside): one column of the table [N], from a step's states at the N
+    anchors [N, H], the output rows that take part and their ids (None: all), the text's token at the draft's
+    place [N], and whether that is within the answer [N] bool.
+    """
     weight = model.net.lm_head.weight
     ids, mask, places, left = (x.to(weight.device) for x in anchors_of(pairs))
     _, states, _ = model.net.mtp_states(ids, mask, num_steps=num_steps, attention="exact")
     text = torch.cat([ids.flatten(), ids.new_zeros(num_steps + 1)])
 
-    # Draft at every anchor with every map; only the rows of the map take part.
-    hits: list[dict[str, Tensor]] = [{} for _ in pairs]
+    # Judge every anchor with every map; only the rows of the map take part.
+    tables: list[dict[str, Tensor]] = [{} for _ in pairs]
     for name, token_map in token_maps.items():
         allowed = None if token_map is None else token_map.to(weight.device)
         small = weight if allowed is None else weight[allowed]
-        right = torch.empty(len(places), num_steps, dtype=torch.bool, device=weight.device)
-        for step, state in enumerate(states):
-            rows = greedy(state.flatten(0, 1)[places], small)
-            drafts = rows if allowed is None else allowed[rows]
-            right[:, step] = (drafts == text[places + step + 2]) & (left > step)
+        columns = [
+            judge(state.flatten(0, 1)[places], small, allowed, text[places + step + 2], left > step)
+            for step, state in enumerate(states)
+        ]
 
         # Back to one table per answer.
-        for by_map, part in zip(hits, right.cpu().split([len(o) - 1 for _, o in pairs]), strict=True):
+        parts = torch.stack(columns, 1).cpu().split([len(output) - 1 for _, output in pairs])
+        for by_map, part in zip(tables, parts, strict=True):
             by_map[name] = part
-    return hits
+    return tables
+
+
+def hits(hidden: Tensor, weight: Tensor, allowed: Tensor | None, text: Tensor, inside: Tensor) -> Tensor:
+    """[N] bool, see `draft_tables`: whether the best draft is the text's token."""
+    rows = greedy(hidden, weight)
+    return ((rows if allowed is None else allowed[rows]) == text) & inside
 
 
 def batches(samples: Sequence[dict], batch_tokens: int) -> list[list[int]]:
@@ -101,26 +113,40 @@ def measure_at(
     `batch_tokens` places (default by device), padding included. `vocab` adds each of its maps, and "auto",
     which follows the language.
     """
-    maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
-    batch_tokens = batch_tokens or most_places(model)
-    hits: dict[int, dict[str, Tensor]] = {}
-    with Bar(total=len(samples), desc="acceptance", unit="sample", leave=False) as bar:
-        for batch in batches(samples, batch_tokens):
-            pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
-            by_sample = draft_hits(model, pairs, max(at), maps)
-            if vocab:
-                for (prompt, output), by_map in zip(pairs, by_sample, strict=True):
-                    by_map[AUTO] = followed(vocab, prompt, output, by_map)
-            hits |= zip(batch, by_sample, strict=True)
-            bar.update(len(batch))
-
+    tables = measure_tables(model, samples, max(at), hits, "acceptance", token_maps, batch_tokens, vocab)
     return {
         steps: collect(
-            samples,
-            {name: [walk(hits[i][name][:, :steps]) for i in range(len(samples))] for name in hits[0]},
+            samples, {name: [walk(right[:, :steps]) for right in rows] for name, rows in tables.items()}
         )
         for steps in at
     }
+
+
+def measure_tables(
+    model: Model,
+    samples: Sequence[dict],
+    num_steps: int,
+    judge: Judge,
+    title: str,
+    token_maps: dict[str, Tensor | None] | None = None,
+    batch_tokens: int | None = None,
+    vocab: DraftVocab | None = None,
+) -> dict[str, list[Tensor]]:
+    """{map name: table [n-1, K] of every sample, in order} (see `draft_tables`); the other arguments as in
+    `measure_at`. `title` is the progress bar's.
+    """
+    maps = {FULL: None} | (token_maps or {}) | (vocab.maps if vocab else {})
+    tables: dict[int, dict[str, Tensor]] = {}
+    with Bar(total=len(samples), desc=title, unit="sample", leave=False) as bar:
+        for batch in batches(samples, batch_tokens or most_places(model)):
+            pairs = [(samples[i]["prompt_ids"], samples[i]["output_ids"]) for i in batch]
+            by_sample = draft_tables(model, pairs, num_steps, maps, judge)
+            for i, pair, by_map in zip(batch, pairs, by_sample, strict=True):
+                if vocab:
+                    by_map[AUTO] = followed(vocab, *pair, by_map)
+                tables[i] = by_map
+            bar.update(len(batch))
+    return {name: [tables[i][name] for i in range(len(samples))] for name in tables[0]}
 
 
 def collect(samples: Sequence[dict], histograms: dict[str, list[list[int]]]) -> Results:

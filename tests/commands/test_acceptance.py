@@ -7,7 +7,16 @@ import torch
 from helpers.tiny import samples_of, tiny_model, wrap
 
 from fastmtp.reference.speculative import generate
-from fastmtp.reference.teacher_forced import FULL, as_json, draft_hits, measure, measure_at, pooled, table
+from fastmtp.reference.teacher_forced import (
+    FULL,
+    as_json,
+    draft_tables,
+    hits,
+    measure,
+    measure_at,
+    pooled,
+    table,
+)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 8192])
@@ -83,7 +92,7 @@ def test_a_random_head_is_hardly_accepted():
 def test_hits_are_those_of_the_greedy_chain(useful):
     """Row i, column k: draft k+1 of the anchor before answer token i+1, the true tokens given."""
     prompt, answer = useful.prompts[1], useful.answers[1][:9]
-    (found,) = draft_hits(useful.model, [(prompt, answer)], 3, {FULL: None})
+    (found,) = draft_tables(useful.model, [(prompt, answer)], 3, {FULL: None}, hits)
     ids = torch.tensor([prompt + answer])
     net = useful.model.net
     with torch.no_grad():

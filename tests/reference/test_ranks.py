@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers.tiny import samples_of
 
-from fastmtp.reference.ranks import draft_ranks, measure_drafted, measure_ranks, rank
+from fastmtp.reference.ranks import measure_drafted, measure_ranks, rank, text_ranks
 from fastmtp.reference.speculative import generate
-from fastmtp.reference.teacher_forced import FULL, measure, pooled
+from fastmtp.reference.teacher_forced import FULL, draft_tables, measure, pooled
 from fastmtp.tau import Acceptance
 from fastmtp.trees.fit import MISS, acceptance, fit, halves
 from fastmtp.trees.tree import DynamicTree, StaticTree
@@ -59,7 +59,7 @@ def test_trees_drafted_along_the_text_count_as_decoded(useful, tree):
 def test_ranks_are_places_in_the_sorted_drafts(useful):
     prompt, answer = useful.prompts[1], useful.answers[1][:9]
     token_map, net = useful.token_map, useful.model.net
-    (tables,) = draft_ranks(useful.model, [(prompt, answer)], 3, {FULL: None, "map": token_map})
+    (tables,) = draft_tables(useful.model, [(prompt, answer)], 3, {FULL: None, "map": token_map}, text_ranks)
     text = prompt + answer
     _, states, _ = net.mtp_states(torch.tensor([text]), num_steps=3, attention="exact")
     everything = torch.arange(net.vocab_size)
