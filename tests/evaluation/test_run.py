@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stand_in import free_port
+from helpers.stand_in import PAUSE, free_port
 from helpers.tiny import chatml_tokenizer
 
 from evaluation import agreement, charts, lossless, plan, run, table
@@ -220,6 +220,7 @@ def test_a_tree_arm_is_served_and_never_taken_for_another_tree(model, questions,
 
 def test_two_cards_and_two_levels_of_streams(model, questions, started, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv(PAUSE, "0.002")
     devices, begin = [], process.Server.start
 
     def start(server):
