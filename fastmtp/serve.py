@@ -30,7 +30,7 @@ from fastmtp.engines import vllm
 from fastmtp.engines.address import HOST
 from fastmtp.engines.process import Server, ServerError
 from fastmtp.engines.request import Serving
-from fastmtp.engines.sglang import VOCAB_READY, command, sglang_version, vocab_environment
+from fastmtp.engines.sglang import ADAPTIVE_STEPS, VOCAB_READY, command, sglang_version, vocab_environment
 from fastmtp.engines.sglang_flags import canonical, merged
 from fastmtp.inputs import read_json, shipped
 from fastmtp.planning.plan_file import Plan, read_plan, write_steps
@@ -158,7 +158,8 @@ def serving_of(args, flags: list[str]) -> Serving:
     tree = parse(args.tree) if args.tree else None
     if tree and not isinstance(tree, DynamicTree):
         raise InputError(f"--tree {args.tree}: SGLang draws its trees while it runs; give TOPK,DEPTH,NODES")
-    steps = args.num_steps if args.num_steps is not None else tree.depth if tree else 3
+    default = tree.depth if tree else ADAPTIVE_STEPS if args.adaptive else 3
+    steps = default if args.num_steps is None else args.num_steps
     check_arguments(args, steps)
     args.model = str(hub.model(args.model))
     args.token_map = hub.token_map(args.token_map) if args.token_map else None

@@ -48,19 +48,20 @@ async def measure(
     return turns
 
 
-async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float) -> dict:
-    """Trace PROFILED_CYCLES cycles of one request; the summary of benchmarks.speed.trace."""
+async def profile(url: str, folder: Path, prompt_tokens: int, timeout: float, streams: int = 1) -> dict:
+    """Trace PROFILED_CYCLES cycles of `streams` requests at once; the summary of benchmarks.speed.trace."""
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.glob("*.trace.json.gz"))
     async with Server(url, timeout) as server:
         # GPU activity alone: recording the host's calls too would slow the very host whose gaps are looked
         # for.
         request = {"output_dir": str(folder.resolve()), "num_steps": PROFILED_CYCLES, "activities": ["GPU"]}
-        prompt = list(range(1000, 1000 + prompt_tokens))
-        answer = asyncio.ensure_future(server.ask(prompt, PROFILED_TOKENS, ignore_eos=True))
+        prompts = [list(range(1000 + n, 1000 + n + prompt_tokens)) for n in range(streams)]
+        asked = [server.ask(prompt, PROFILED_TOKENS, ignore_eos=True) for prompt in prompts]
+        answers = asyncio.gather(*asked)
         await asyncio.sleep(0.3)  # past the prefill: only whole decoding cycles are wanted
         await server.post("/start_profile", request | {"with_stack": False, "record_shapes": False})
-        await answer
+        await answers
     end = time.monotonic() + 120
     while time.monotonic() < end:
         await asyncio.sleep(0.5)

@@ -177,7 +177,7 @@ def load(args) -> list[str]:
     if args.streams == [1]:
         return []
     most = max(args.streams)
-    room = most * (args.prompt_tokens + args.tokens + 256)
+    room = most * (args.prompt_tokens + args.tokens + 512)
     sizes = ["--max-running-requests", str(most), "--cuda-graph-max-bs-decode", str(most)]
     sizes += ["--cuda-graph-bs-decode", *map(str, args.streams)]
     return [*sizes, "--max-total-tokens", str(max(4096, room))]
@@ -259,20 +259,21 @@ def measure_point(url: str, point: Point, args, bandwidth: float, out: Path) -> 
         row = record(point, asyncio.run(asked), shape, args.prompt_tokens, bandwidth, streams)
         speed = f"{row['tokens_per_s']:.1f} tok/s, {row['ms_per_cycle']:.3f} ms per cycle"
         tqdm.write(f"{row['name']}: {speed}", file=sys.stderr)
-        if args.profile and streams == 1:
-            row |= traced(url, point, args, row["ms_per_cycle"], out)
+        if args.profile:
+            row |= traced(url, row["name"], streams, args, row["ms_per_cycle"], out)
         yield row | {"copy_bandwidth": bandwidth}
 
 
-def traced(url: str, point: Point, args, ms_per_cycle: float, out: Path) -> dict:
-    """The profile of one point, also as text; nothing if there is none, because the measurement is good."""
+def traced(url: str, name: str, streams: int, args, ms_per_cycle: float, out: Path) -> dict:
+    """The profile of one row, also as text; nothing if there is none, because the measurement is good."""
     try:
-        summary = asyncio.run(profile(url, out / "traces" / point.name, args.prompt_tokens, args.timeout))
+        folder = out / "traces" / name
+        summary = asyncio.run(profile(url, folder, args.prompt_tokens, args.timeout, streams))
     except (BackendError, ValueError) as error:
-        tqdm.write(f"{point.name}: no profile: {error}", file=sys.stderr)
+        tqdm.write(f"{name}: no profile: {error}", file=sys.stderr)
         return {}
     text = trace.text(summary) + f"measured without the profiler: {ms_per_cycle:.3f} ms per cycle\n"
-    (out / f"profile-{point.name}.txt").write_text(text, encoding="utf-8")
+    (out / f"profile-{name}.txt").write_text(text, encoding="utf-8")
     return {"profile": summary}
 
 

@@ -11,7 +11,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 out=${1:?usage: sh benchmarks/speed/trees.sh FOLDER [options of benchmarks.speed.run]}
 shift
-points=fa3.plain,fa3.3+32k,fa3.5+8k,fa3.5+32k,fa3.3+32k@adaptive
+points=fa3.plain,fa3.3+32k,fa3.5+8k,fa3.5+32k,fa3.7+32k@adaptive
 points=$points,fa3.3+32k@tree4x8,fa3.3+32k@tree4x16,fa3.5+8k@tree4x16
 points=$points,tri.plain,tri.3+32k,tri.3+32k@tree4x8,tri.3+32k@tree4x16,tri.5+8k@tree4x16
 exec "${PYTHON:-python3}" -m benchmarks.speed.run --shape mimo-7b --rates paper --out "$out" \

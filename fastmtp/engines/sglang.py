@@ -59,7 +59,7 @@ REFUSED = {
 }
 # With these SGLang drops --speculative-adaptive and only logs it.
 STEADY = ("--enable-dp-attention", "--enable-two-batch-overlap", "--enable-pdmux")
-ADAPTIVE_STEPS = (1, 3, 7)  # in the table of every version of SGLang
+ADAPTIVE_STEPS = 7  # the most that SGLang's own table takes; its buffers hold what it starts with
 GUARDED = (*OURS, *LOSSLESS, *REFUSED, *STEADY, "--tp-size", "--dp-size", "--trust-remote-code")
 
 
@@ -168,10 +168,10 @@ def check_drafts(serving: Serving, said: dict[str, str]) -> None:
         return
     if serving.tree:
         raise InputError("--adaptive with a tree: SGLang changes the length of chains alone; leave one out")
-    if not serving.table and serving.num_steps not in ADAPTIVE_STEPS:
+    if not serving.table and serving.num_steps != ADAPTIVE_STEPS:
         raise InputError(
-            f"--adaptive with --num-steps {serving.num_steps}: SGLang's table has 1, 3 and 7; start with one "
-            "of these, or give --plan"
+            f"--adaptive with --num-steps {serving.num_steps}: SGLang starts with the most steps of its "
+            f"table, {ADAPTIVE_STEPS}; leave the steps out, or give --plan"
         )
     if dropped := [flag for flag in STEADY if flag in said]:
         raise InputError(

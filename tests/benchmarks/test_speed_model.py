@@ -231,9 +231,9 @@ def test_the_whole_command_with_stand_ins_resumes(tmp_path, started, capsys):
 
 
 def test_streams_on_one_server_and_the_table_of_costs(tmp_path, started):
-    more = ["--points", "plain,2,2@tree2x4,2@adaptive", "--streams", "1,3", "--variant", "slow=--x"]
+    more = ["--points", "plain,2,2@tree2x4,7@adaptive", "--streams", "1,3", "--variant", "slow=--x"]
     speed_model.main(arguments(tmp_path, *more))
-    assert started == ["baseline", "k2-full", "k2-full@tree2x4", "k2-full@adaptive"]
+    assert started == ["baseline", "k2-full", "k2-full@tree2x4", "k7-full@adaptive"]
     rows = {row["name"]: row for row in json.loads((tmp_path / "speed.json").read_text())["points"]}
     assert [*rows][4:] == [f"{name} x3" for name in started] and len(rows) == 8
     assert rows["k2-full x3"]["speedup"] and rows["k2-full x3"]["streams"] == 3
@@ -260,7 +260,7 @@ def test_room_and_graphs_for_the_streams():
     args.streams = [1, 8, 32]
     flags = speed_model.load(args)
     assert flags[flags.index("--cuda-graph-bs-decode") :][:4] == ["--cuda-graph-bs-decode", "1", "8", "32"]
-    assert int(flags[-1]) == 32 * (64 + 512 + 256)
+    assert int(flags[-1]) == 32 * (64 + 512 + 512)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "flags", "shape", "gpu", "sglang", "environment"])

@@ -51,10 +51,10 @@ def test_points():
 
 def test_points_by_name():
     variants, gains = parse_variants(["fa3=", "tri=--attention-backend triton"]), parse_gains(["4,3,8=1.2"])
-    names = "fa3.plain,3+32k,5,tri.3+32k@tree4x8,fa3.3+32k@tree4x16,3+8k@adaptive"
+    names = "fa3.plain,3+32k,5,tri.3+32k@tree4x8,fa3.3+32k@tree4x16,7+8k@adaptive"
     found = listed(MIMO, names, shapes.PAPER, variants, gains)
     assert [p.name for p in found] == [
-        "fa3.baseline", "k3-32k", "k5-full", "tri.k3-32k@tree4x8", "fa3.k3-32k@tree4x16", "k3-8k@adaptive"
+        "fa3.baseline", "k3-32k", "k5-full", "tri.k3-32k@tree4x8", "fa3.k3-32k@tree4x16", "k7-8k@adaptive"
     ]  # fmt: skip
     assert found[3].tree == DynamicTree(4, 3, 8) and found[3].head_rows == 32768
     chain = shapes.PAPER.tau(3, "32k")
@@ -98,7 +98,7 @@ def test_the_command_line_of_a_point(tmp_path, monkeypatch):
 def test_trees_and_changing_steps_reach_sglang(tmp_path, monkeypatch):
     monkeypatch.setattr(sglang, "attention_backend", lambda: "triton")
     shapes.write_folder(MIMO, tmp_path / "model")
-    tree, changing = listed(MIMO, "3+8k@tree4x16,3@adaptive", shapes.PAPER, [], {})
+    tree, changing = listed(MIMO, "3+8k@tree4x16,7@adaptive", shapes.PAPER, [], {})
     line = command(tree, tmp_path / "model", 31000, [])
     assert line[line.index("--speculative-eagle-topk") + 1] == "4"
     assert line[line.index("--speculative-num-draft-tokens") + 1] == "16"

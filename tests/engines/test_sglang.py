@@ -240,7 +240,7 @@ def test_a_tree_gives_topk_steps_and_nodes(model, tmp_path, monkeypatch, capsys)
         ("--tree 4,3,16 --engine vllm", "a draft tree: vLLM drafts chains"),
         ("--tree {tree}", "SGLang draws its trees while it runs"),
         ("--adaptive --no-spec", "--adaptive with --no-spec"),
-        ("--adaptive --num-steps 5", "table has 1, 3 and 7"),
+        ("--adaptive --num-steps 5", "table, 7; leave the steps out"),
         ("--adaptive --engine vllm", "--adaptive: vLLM drafts chains"),
         ("--adaptive -- --enable-dp-attention --dp 2", "--adaptive with --enable-dp-attention"),
     ],
@@ -266,5 +266,6 @@ def test_adaptive_steps(model, tmp_path, monkeypatch, capsys):
     line = served(model, capsys, "--adaptive", "--token-map", a_map(tmp_path))
     assert "--speculative-adaptive" in line and "--speculative-adaptive-config" not in line
     assert value(line, "--speculative-eagle-topk") == "1" and "--speculative-token-map" in line
+    assert value(line, "--speculative-num-draft-tokens") == "8"  # its buffers must hold the table's 7 steps
     line = command(model, 5, adaptive=True, table=str(tmp_path / "steps.json"))
     assert value(line, "--speculative-adaptive-config") == str(tmp_path / "steps.json")
