@@ -200,7 +200,7 @@ def show(plan: plans.Plan, last: str | None) -> None:
     if known:
         disk = estimate.gigabytes(plan, size, count)
         print(
-            f"about {estimate.spoken(total)} on {plan.gpus} GPU(s) as fast as an H200, {disk:.0f} GB of disk"
+            f"about {estimate.spoken(total)} on {plan.gpus} GPU(s) as fast as an H100, {disk:.0f} GB of disk"
         )
     else:
         print(

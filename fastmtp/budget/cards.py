@@ -24,7 +24,7 @@ class Engine:
     shortest: float = 0.0
 
 
-SGLANG = Engine("SGLang", 0.907, 44.5e-6, 54.8e-6, 323e-6, 2.9e-3)
+SGLANG = Engine("SGLang", 0.942, 45.0e-6, 59.1e-6, 452e-6, 2.9e-3)
 DECODER = Engine("fastmtp.decoding", 1.0, 0.93e-3)
 
 

@@ -22,7 +22,7 @@ from fastmtp.budget.shapes import (
 
 # Fitted to measured.RATES: the share of the data sheet's operations that training reaches (--recompute), and
 # the seconds per token that do not grow with the model; the share that products of many rows reach.
-TRAINED, PER_TOKEN, MATRIX = 0.436, 4.24e-6, 0.73
+TRAINED, PER_TOKEN, MATRIX = 0.424, 4.25e-6, 0.73
 ANSWER = 0.75  # share of answer tokens in what is trained on, as benchmarks.train_throughput assumes
 CONTEXT = 200  # tokens that a request in flight holds on average while it is distilled
 ROOM = 0.9  # of the memory, for weights; the rest for keys, values and workspace
@@ -65,6 +65,23 @@ def decoding_rate(shape: dict, card: Card, streams: int) -> float | None:
     context /= card.engine.share * card.bandwidth
     products = backbone_bytes(shape) / (MATRIX * card.rate)  # two operations and two bytes per weight
     return streams / (plain_time(shape, card) + streams * (products + context))
+
+
+def in_flight(shape: dict, card: Card) -> int:
+    """Requests that an engine keeps going at once: as many as `fastmtp.distill` asks, if the memory that the
+    weights leave holds their keys and values.
+    """
+    request = CONTEXT * context_bytes(shape) * shape["num_hidden_layers"]
+    return max(1, min(measured.DISTILLED.streams, int((ROOM * card.memory - model_bytes(shape)) / request)))
+
+
+def distilling_rate(shape: dict, card: Card) -> float | None:
+    """Tokens per second of `fastmtp.distill` with one engine; None without a matrix rate. What prompts,
+    sampling and the last answers leave of `decoding_rate` was measured once.
+    """
+    rate, row = decoding_rate(shape, card, in_flight(shape, card)), measured.DISTILLED
+    ideal = decoding_rate(SHAPES[row.shape], CARDS[row.card], row.streams)
+    return None if rate is None else rate * row.tokens / ideal
 
 
 def training_operations(shape: dict, num_steps: int) -> float:

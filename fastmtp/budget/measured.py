@@ -10,7 +10,7 @@ VOCABULARY, THROUGHPUT, HEADS = (
     "results/train_throughput.md",
     "results/smollm2_heads.md",
 )
-QUICKSTART, ONCE = "results/quickstart.md", "one run"
+QUICKSTART, QWEN, ONCE = "results/quickstart.md", "results/qwen15.md", "one run"
 WHOLE = None
 
 
@@ -44,6 +44,9 @@ DECODING = [
     Pass("mimo-7b", "h100", 0, WHOLE, 6.28, ENGINES, True),
     Pass("mimo-7b", "h100", 3, 32768, 7.65, ENGINES, True),
     Pass("qwen2.5-1.5b", "h200", 0, WHOLE, 1.961, ONCE, True),
+    Pass("qwen2.5-1.5b", "h100", 0, WHOLE, 2.22, QWEN, True),
+    Pass("qwen2.5-1.5b", "h100", 3, WHOLE, 3.61, QWEN, True),
+    Pass("qwen2.5-1.5b", "h100", 3, 32768, 3.30, QWEN, True),
     Pass("smollm2", "h100", 0, WHOLE, 1.422, ENGINES, True),
     Pass("mimo-7b", "h100", 3, 8192, 7.472, VOCABULARY, False),
     Pass("mimo-7b", "h100", 3, 16384, 7.610, VOCABULARY, False),
@@ -65,7 +68,9 @@ DECODING = [
 
 
 class Rate(NamedTuple):
-    """Tokens per second of one card. streams: requests in flight; 0: training with K = 3."""
+    """Tokens per second of one card. streams: requests in flight, of which prompts and sampling took no time;
+    0: training with K = 3.
+    """
 
     shape: str
     card: str
@@ -77,9 +82,12 @@ class Rate(NamedTuple):
 RATES = [
     Rate("mimo-7b", "h200", 0, 18208.9, THROUGHPUT),
     Rate("qwen2.5-1.5b", "h200", 0, 60000, ONCE),
+    Rate("qwen2.5-1.5b", "h100", 0, 54000, QWEN),
     Rate("smollm2", "h100", 0, 182000, HEADS),
     Rate("mimo-7b", "h200", 1, 205, ONCE),
     Rate("mimo-7b", "h200", 8, 1556, ONCE),
     Rate("mimo-7b", "h200", 64, 9786, ONCE),
     Rate("qwen2.5-1.5b", "h200", 64, 24800, ONCE),
 ]
+# Tokens per second while `fastmtp.distill` kept a card busy: prompts, sampling and the last answers included.
+DISTILLED = Rate("qwen2.5-1.5b", "h100", 2048, 53000, QWEN)

@@ -11,7 +11,6 @@ from fastmtp.show import markdown
 
 MAP = 32768  # rows of the draft vocabulary that is set beside the whole one
 STEPS = (3, 5)  # drafts per cycle, K
-IN_FLIGHT = 64  # requests that are distilled at a time
 DATA, EPOCHS = 16e6, 2  # answer tokens to distil, and how often they are trained on
 
 
@@ -32,7 +31,7 @@ def budget(model: str, card: Card, taus: Sequence[float]) -> dict:
                 | {"expected_ms": time * 1000 if served else None, "speedups": speedups}
                 | {"pays_from_tau": time / plain if served else None}
             )
-    distilled = estimate.decoding_rate(shape, card, IN_FLIGHT) if served else None
+    distilled = estimate.distilling_rate(shape, card) if served else None
     learnt = estimate.training_rate(shape, card, STEPS[0]) if trained else None
     return {
         "model": model,
@@ -133,7 +132,8 @@ def basis(card: Card) -> list[str]:
     """What the numbers rest on, and how far they were off where it was measured. One line each."""
     lines = [
         f"{card.name}: {card.source}. Weights in bfloat16, one stream, short context, {card.engine.name}.",
-        f"Distillation: {IN_FLIGHT} requests in flight. Training: K={STEPS[0]}, one card, packed rows.",
+        f"Distillation: up to {measured.DISTILLED.streams:,} requests in flight. Training: K={STEPS[0]}, one "
+        "card, packed rows.",
     ]
     mine = [row for row in estimate.errors() if isinstance(row[0], measured.Pass)]
     mine = [row for row in mine if CARDS[row[0].card].engine is card.engine]

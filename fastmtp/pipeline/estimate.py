@@ -1,18 +1,20 @@
 """How long a speedrun takes and how much disk it needs, before it starts: rough, and good for choosing sizes.
 
-The rates were measured on one NVIDIA H200 with a 1.5B and a 7B model in bfloat16; an H100 has less memory
-bandwidth, so its stages that decode take about a third longer.
+The rates are those of `fastmtp doctor --budget` on one NVIDIA H100, for the known shape nearest in size.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fastmtp.budget import estimate as budget
+from fastmtp.budget.cards import CARDS
+from fastmtp.budget.shapes import BYTES, SHAPES, model_bytes
 from fastmtp.formats.weights import weight_files
 
+CARD = CARDS["h100"]
 GGUF_BYTES = 0.7  # per weight, of a file with mostly four bits
-MEASURED = 1.5  # billions of weights of the model that the rates below were measured with
-DISTILLED, PLAIN, EXACT = 25_000, 500, 45  # its tokens/s: a GPU full of chats, one chat, one chat in float32
+EXACT = 0.1  # of one chat's tokens/s, in float32
 ANSWER_TOKENS = 200  # of an answer whose limit is 400 or more; half of the limit otherwise
 ASKED_TOKENS = 300  # of an answer to a benchmark question
 SERVER = 70  # seconds until a server answers
@@ -25,28 +27,41 @@ def billions(model: str) -> float | None:
     if path.is_file():
         return path.stat().st_size / GGUF_BYTES / 1e9
     if path.is_dir():
-        return sum(file.stat().st_size for file in weight_files(path)) / 2 / 1e9
+        return sum(file.stat().st_size for file in weight_files(path)) / BYTES / 1e9
     return None
+
+
+def rates(size: float) -> tuple[float, float, float]:
+    """Tokens per second of distilling, of one chat without drafts, and of training with K=3, for `size`
+    billions of weights.
+    """
+    weights = {name: model_bytes(shape) / BYTES / 1e9 for name, shape in SHAPES.items()}
+    near = min(weights, key=lambda name: abs(weights[name] / size - 1))
+    shape, ratio = SHAPES[near], weights[near] / size
+    plain = 1 / budget.plain_time(shape, CARD)
+    return tuple(
+        ratio * r for r in (budget.distilling_rate(shape, CARD), plain, budget.training_rate(shape, CARD, 3))
+    )
 
 
 def seconds(plan, size: float, prompts: int, epochs: float) -> dict[str, float]:
     """Stage -> seconds on `plan.gpus` GPUs, for a model of `size` billions of weights."""
-    tokens, slower, gpus = answers(plan, prompts), size / MEASURED, plan.gpus
+    tokens, gpus = answers(plan, prompts), plan.gpus
+    distilled, plain, trained = rates(size)
     arms, questions = 10, TASKS * plan.num_questions
-    training = (9.4 + 4.75 * size) * 1e-6  # seconds per token: 60,000 tokens/s at 1.5B, 22,000 at 7.6B
     return {
         "prepare": (60 if plan.model.endswith(".gguf") else 3) * size + 10,
-        "distil": 110 + tokens * slower / DISTILLED / gpus,
+        "distil": SERVER + tokens / distilled / gpus,
         "curate": 5 + tokens / 500_000,
         "fit": 20 + 10 * size,
         "start": 4 + size,
         "maps": 10 + tokens / 500_000,
-        "train": 60 + epochs * 1.5 * tokens * training / gpus,
+        "train": 75 + epochs * tokens / budget.ANSWER / trained / gpus,
         "export": 4 + size,
         "acceptance": 60 + 10 * size,
-        "evaluate": arms * (SERVER + questions * ASKED_TOKENS * slower / PLAIN) / gpus,
+        "evaluate": arms * (SERVER + questions * ASKED_TOKENS / plain) / gpus,
         "report": 10,
-        "lossless": 2 * (SERVER + TASKS * 4 * ASKED_TOKENS * slower / EXACT),
+        "lossless": 2 * (SERVER + TASKS * 4 * ASKED_TOKENS / (EXACT * plain)),
     }
 
 
