@@ -19,6 +19,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.models.mimo_mtp import MiMoMTP as StockMiMoMTP
 from sglang.srt.runtime_context import get_parallel
 
+from fastmtp.sglang_ext import fast_tree
 from fastmtp.sglang_ext.active_head import ActiveHead
 from fastmtp.vocab.draft_vocab import DraftVocab
 
@@ -64,7 +65,11 @@ class MiMoMTP(StockMiMoMTP):
         active.activate(self.vocab.first())
         sizes = ", ".join(f"{name} {len(ids)}" for name, ids in self.vocab.maps.items())
         # Printed at any log level, because fastmtp.serve looks for this line.
-        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}; active {active.active}")
+        faster = fast_tree.install()
+        self.record.ready(
+            f"policy {self.vocab.policy}, maps {sizes}; active {active.active}"
+            + f"; trees: fast {' and '.join(faster)}" * bool(faster)
+        )
         wrap_worker()
 
     def load_weights(self, weights):

@@ -3,13 +3,16 @@
     pip download sglang==0.5.23 --no-deps; unzip sglang-*.whl 'sglang/srt/*' -d sources
     python tests/sglang_ext/pin.py sources/sglang > tests/sglang_ext/sglang_0.5.23.json
 
-Signatures of what is overridden or wrapped, texts that must occur in a class or file, and all flags.
+Signatures of what is overridden or wrapped, texts that must occur in a class or file, digests of functions
+that are replaced, and all flags.
 """
 
 import ast
 import json
 import sys
 from pathlib import Path
+
+from fastmtp.sglang_ext import fast_tree
 
 SIGNATURES = {
     "layers/logits_processor.py": ["LogitsProcessor.__init__", "LogitsProcessor._compute_lm_head"],
@@ -89,7 +92,14 @@ def facts(root: Path) -> dict:
         part = definition(tree(path), name) if name else tree(path)
         source = ast.unparse(part) if part else ""
         mentions[place] = [text for text in texts if text in source]
-    return {"signatures": signatures, "mentions": mentions, "flags": flags(srt)}
+    path = srt / "layers/attention/flashattention_backend.py"
+    source = path.read_text(encoding="utf-8")
+    backend = definition(ast.parse(source), "FlashAttentionBackend")
+    digests = {}
+    for name, _ in fast_tree.KNOWN.values():
+        function = backend and definition(backend, name)
+        digests[name] = function and fast_tree.digest(ast.get_source_segment(source, function))
+    return {"signatures": signatures, "mentions": mentions, "digests": digests, "flags": flags(srt)}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 from fastmtp import sglang_ext
 from fastmtp.engines import sglang, sglang_flags
 from fastmtp.engines.request import Serving
+from fastmtp.sglang_ext import fast_tree
 from fastmtp.trees.tree import DynamicTree
 
 HERE = Path(__file__).parent
@@ -27,6 +28,7 @@ OVERRIDES = {
     "set_embed_and_head": "models/mimo_mtp.py MiMoMTP.set_embed_and_head",
     "load_weights": "models/mimo_mtp.py MiMoMTP.load_weights",
 }
+PINNED = {p.stem for p in HERE.glob("sglang_*.json")}
 PHASES = ("draft", "_draft_extend_for_prefill", "_draft_extend_for_decode")
 
 
@@ -89,6 +91,13 @@ def test_the_phases_and_constructors_that_are_called(facts):
 
 def test_attributes_that_are_read(facts):
     assert facts["mentions"] == pin.MENTIONS
+
+
+def test_the_replaced_functions_are_those_of_one_version(facts, request):
+    known = dict(fast_tree.KNOWN.values())
+    assert facts["digests"].keys() == known.keys()
+    pinned = request.node.callspec.id
+    assert pinned not in PINNED or (facts["digests"] == known) == (pinned == "sglang_0.5.17")
 
 
 def test_every_name_that_is_imported_is_pinned(ours):
