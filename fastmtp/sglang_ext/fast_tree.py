@@ -1,25 +1,42 @@
-"""Verification of draft trees in SGLang 0.5.17 with fewer kernels; off unless FASTMTP_FAST_TREE names parts.
+"""Draft trees in SGLang 0.5.17 with fewer kernels; off unless FASTMTP_FAST_TREE names parts (1: all).
 
 `metadata`: what FlashAttention reads about a tree is written by one kernel before the verification's CUDA
 graph, instead of some thirty; the same numbers. `attention`: inside the graph, attention to the tree's nodes
 and merging it with the attention to the prefix are one kernel per layer instead of six; equal up to rounding.
-Both need `--attention-backend fa3` and more than one draft per step; elsewhere SGLang's own code runs.
+Both need `--attention-backend fa3`; elsewhere SGLang's own code runs. `draft`: softmax and top-k of a step
+are two kernels; at ties other drafts may be verified, but the text does not change.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import os
+from typing import NamedTuple
 
-from fastmtp.sglang_ext import tree_kernels
+import torch
+from torch import Tensor
+
+from fastmtp.sglang_ext import top_kernels, tree_kernels
 
 VARIABLE = "FASTMTP_FAST_TREE"
-# Digests of the functions that the parts replace, in SGLang 0.5.17: another text may mean other work.
+BACKEND = "layers/attention/flashattention_backend.py FlashAttentionBackend"
+WORKER = "speculative/eagle_worker_v2.py EagleDraftWorker"
+# Where each part steps in, and the digests of the functions that it replaces or relies on, in SGLang 0.5.17:
+# another text may mean other work.
 KNOWN = {
-    "metadata": ("_apply_cuda_graph_metadata", "62aef15c13ceb438"),
-    "attention": ("forward_extend", "f09b0d85a9a912c4"),
+    "metadata": (BACKEND, {"_apply_cuda_graph_metadata": "62aef15c13ceb438"}),
+    "attention": (BACKEND, {"forward_extend": "f09b0d85a9a912c4"}),
+    "draft": (
+        WORKER,
+        {
+            "draft_forward": "b4d3b11c3f20689d",
+            "_draft_extend_for_prefill": "d259207b3b4b1cb6",
+            "_draft_extend_for_decode": "9b6c1d7ab6bc0d69",
+        },
+    ),
 }
 
 
@@ -32,11 +49,8 @@ def digest(source: str) -> str:
 def parts() -> list[str]:
     """What FASTMTP_FAST_TREE asks for. Raises ValueError for a part that does not exist."""
     asked = os.environ.get(VARIABLE, "")
-    names = (
-        [*KNOWN]
-        if asked == "1"
-        else [name.strip() for name in asked.split(",") if name.strip() not in ("", "0")]
-    )
+    names = [*KNOWN] if asked == "1" else [name.strip() for name in asked.split(",")]
+    names = [name for name in names if name not in ("", "0")]
     if unknown := [name for name in names if name not in KNOWN]:
         raise ValueError(f"{VARIABLE}={asked}: no part {unknown[0]}; expected 1 or some of {','.join(KNOWN)}")
     return names
@@ -47,23 +61,21 @@ def install() -> list[str]:
     functions are not those of 0.5.17.
     """
     names = parts()
-    if not names:
-        return []
-    from sglang.srt.layers.attention import flashattention_backend as stock
-
-    backend = stock.FlashAttentionBackend
-    if hasattr(backend, "fastmtp_tree"):
-        return names
-    if tree_kernels.triton is None:
+    if names and tree_kernels.triton is None:
         raise ValueError(f"{VARIABLE}: Triton is missing; unset the variable")
+    modules = {}
     for name in names:
-        function, known = KNOWN[name]
-        if digest(inspect.getsource(getattr(backend, function))) != known:
-            raise ValueError(f"{VARIABLE}: {function} is not that of SGLang 0.5.17; unset the variable")
-    backend.fastmtp_tree = names
+        place, functions = KNOWN[name]
+        path, _, owner = place.partition(" ")
+        modules[name] = importlib.import_module("sglang.srt." + path.removesuffix(".py").replace("/", "."))
+        for function, known in functions.items():
+            source = inspect.getsource(getattr(getattr(modules[name], owner), function))
+            if digest(source) != known:
+                raise ValueError(f"{VARIABLE}: {function} is not that of SGLang 0.5.17; unset the variable")
     for name in names:
-        function = KNOWN[name][0]
-        setattr(backend, function, REPLACE[name](getattr(backend, function), stock))
+        if name not in vars(modules[name]).setdefault("fastmtp_parts", []):
+            modules[name].fastmtp_parts.append(name)
+            REPLACE[name](modules[name])
     return names
 
 
@@ -78,8 +90,9 @@ def plain_tree(backend) -> bool:
     )
 
 
-def fast_metadata(inner, stock):
-    """_apply_cuda_graph_metadata whose tree branch is one kernel."""
+def fast_metadata(stock) -> None:
+    """Let one kernel do the tree branch of _apply_cuda_graph_metadata."""
+    inner = stock.FlashAttentionBackend._apply_cuda_graph_metadata
 
     @functools.wraps(inner)
     def run(
@@ -124,11 +137,12 @@ def fast_metadata(inner, stock):
         prefix.max_seq_len_k = self.max_context_len
         self.forward_metadata, self.forward_metadata_spec_decode_expand = prefix, tree
 
-    return run
+    stock.FlashAttentionBackend._apply_cuda_graph_metadata = run
 
 
-def fast_attention(inner, stock):
-    """forward_extend whose second pass over a tree and merging are one kernel."""
+def fast_attention(stock) -> None:
+    """Let one kernel do forward_extend's second pass over a tree and the merging."""
+    inner = stock.FlashAttentionBackend.forward_extend
 
     @functools.wraps(inner)
     def run(self, q, k, v, layer, forward_batch, save_kv_cache=True, **more):
@@ -162,7 +176,7 @@ def fast_attention(inner, stock):
         )
         return merged.view(-1, layer.tp_q_head_num * layer.head_dim)
 
-    return run
+    stock.FlashAttentionBackend.forward_extend = run
 
 
 def plain_layer(backend, k, layer, forward_batch, save_kv_cache: bool, more: dict) -> bool:
@@ -188,4 +202,29 @@ def plain_cache(cache, layer) -> bool:
     return cache.dim() == 3 and cache.stride()[1:] == (layer.head_dim, 1)
 
 
-REPLACE = {"metadata": fast_metadata, "attention": fast_attention}
+class Logits(NamedTuple):
+    """Logits on their way from the draft worker's softmax to its top-k."""
+
+    rows: Tensor
+
+
+def fast_draft(worker) -> None:
+    """Let two kernels do softmax and top-k of trees; the module calls its functions one after the other."""
+    softmax, top = worker.renorm_draft_probs, worker.fast_topk
+
+    def keep(next_token_logits, sampling_info, use_rejection_sampling):
+        if use_rejection_sampling or not len(next_token_logits):
+            return softmax(next_token_logits, sampling_info, use_rejection_sampling)
+        return Logits(next_token_logits)
+
+    def best(values, topk, dim):
+        if isinstance(values, Logits):
+            if topk > 1:
+                return top_kernels.softmax_top(values.rows, topk)
+            values = torch.softmax(values.rows, dim=-1)
+        return top(values, topk, dim=dim)
+
+    worker.renorm_draft_probs, worker.fast_topk = keep, best
+
+
+REPLACE = {"metadata": fast_metadata, "attention": fast_attention, "draft": fast_draft}

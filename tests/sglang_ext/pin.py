@@ -92,13 +92,13 @@ def facts(root: Path) -> dict:
         part = definition(tree(path), name) if name else tree(path)
         source = ast.unparse(part) if part else ""
         mentions[place] = [text for text in texts if text in source]
-    path = srt / "layers/attention/flashattention_backend.py"
-    source = path.read_text(encoding="utf-8")
-    backend = definition(ast.parse(source), "FlashAttentionBackend")
     digests = {}
-    for name, _ in fast_tree.KNOWN.values():
-        function = backend and definition(backend, name)
-        digests[name] = function and fast_tree.digest(ast.get_source_segment(source, function))
+    for place, functions in fast_tree.KNOWN.values():
+        path, _, owner = place.partition(" ")
+        source = (srt / path).read_text(encoding="utf-8")
+        for name in functions:
+            function = definition(tree(path), f"{owner}.{name}")
+            digests[name] = function and fast_tree.digest(ast.get_source_segment(source, function))
     return {"signatures": signatures, "mentions": mentions, "digests": digests, "flags": flags(srt)}
 
 

@@ -7,9 +7,10 @@ from enum import Enum
 import pytest
 import torch
 
-from fastmtp.sglang_ext import fast_tree, tree_kernels
+from fastmtp.sglang_ext import fast_tree, top_kernels, tree_kernels
 
 PLACE = "sglang.srt.layers.attention.flashattention_backend"
+WORKER = "sglang.srt.speculative.eagle_worker_v2"
 MODE = types.SimpleNamespace(is_target_verify=lambda: True)
 OTHER = types.SimpleNamespace(is_target_verify=lambda: False)
 Kind = Enum("Kind", {"DECODER": "decoder"})
@@ -61,29 +62,47 @@ class FlashAttentionBackend:
         return "stock"
 
 
+class EagleDraftWorker:
+    def draft_forward(self): ...
+
+    def _draft_extend_for_prefill(self): ...
+
+    def _draft_extend_for_decode(self): ...
+
+
 @pytest.fixture
-def stock(monkeypatch):
-    """The engine's module with a fresh backend class whose functions are the known ones."""
-    module = types.ModuleType(PLACE)
-    module.FlashAttentionBackend = type("FlashAttentionBackend", (FlashAttentionBackend,), {})
-    module.KVWriteLoc = lambda loc, swa: loc
-    module.flash_attn_with_kvcache = lambda q, **more: (q + 1, "lse", None)
-    parts = PLACE.split(".")
-    for end in range(1, len(parts)):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
-    monkeypatch.setitem(sys.modules, PLACE, module)
-    monkeypatch.setattr(sys.modules[PLACE.rpartition(".")[0]], parts[-1], module, raising=False)
+def engine(monkeypatch):
+    """The engine's two modules, fresh, whose functions pass for the known ones."""
+    backend, worker = types.ModuleType(PLACE), types.ModuleType(WORKER)
+    backend.FlashAttentionBackend = type("FlashAttentionBackend", (FlashAttentionBackend,), {})
+    backend.KVWriteLoc = lambda loc, swa: loc
+    backend.flash_attn_with_kvcache = lambda q, **more: (q + 1, "lse", None)
+    worker.EagleDraftWorker = EagleDraftWorker
+    worker.renorm_draft_probs = lambda logits, info, rejection: torch.softmax(logits, -1)
+    worker.fast_topk = lambda values, topk, dim: torch.topk(values, topk, dim=dim)
+    for module in (backend, worker):
+        parts = module.__name__.split(".")
+        for end in range(1, len(parts)):
+            name = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(tree_kernels, "triton", object())
+    known = {name: code for _, functions in fast_tree.KNOWN.values() for name, code in functions.items()}
     monkeypatch.setattr(
-        fast_tree, "digest", lambda source: next(k for f, k in fast_tree.KNOWN.values() if f in source)
+        fast_tree, "digest", lambda text: next(known[n] for n in known if f"def {n}(" in text)
     )
-    return module
+    return backend, worker
+
+
+@pytest.fixture
+def stock(engine):
+    return engine[0]
 
 
 @pytest.fixture
 def installed(stock, monkeypatch):
     monkeypatch.setenv(fast_tree.VARIABLE, "1")
-    assert fast_tree.install() == ["metadata", "attention"]
+    assert fast_tree.install() == ["metadata", "attention", "draft"]
     return stock
 
 
@@ -130,7 +149,7 @@ def attention(backend, mode=MODE, save=True, layer=(), **more):
 def test_off_without_the_variable(stock, monkeypatch, value):
     monkeypatch.setenv(fast_tree.VARIABLE, value)
     assert fast_tree.install() == []
-    assert not hasattr(stock.FlashAttentionBackend, "fastmtp_tree")
+    assert not hasattr(stock, "fastmtp_parts")
     assert metadata(stock.FlashAttentionBackend()) == "stock"
 
 
@@ -154,7 +173,7 @@ def test_another_engine_is_refused_and_left_as_it_is(stock, monkeypatch):
     monkeypatch.setenv(fast_tree.VARIABLE, "1")
     with pytest.raises(ValueError, match="not that of SGLang 0.5.17"):
         fast_tree.install()
-    assert not hasattr(stock.FlashAttentionBackend, "fastmtp_tree")
+    assert not hasattr(stock, "fastmtp_parts")
 
 
 def test_metadata_of_a_tree_comes_from_the_kernel(installed, monkeypatch):
@@ -204,3 +223,18 @@ def test_attention_writes_the_cache_and_merges(installed, monkeypatch):
     query, keys, _, slots, lens, _, lse, scale = calls.pop()
     assert query.shape == (B * N, H, D) and keys is backend.cache
     assert (slots, lens, lse, scale) == ("slots", "lens", "lse", 0.5)
+
+
+def test_drafting_skips_the_softmax_of_a_tree_alone(engine, monkeypatch):
+    _, worker = engine
+    monkeypatch.setenv(fast_tree.VARIABLE, "draft")
+    assert fast_tree.install() == ["draft"]
+    logits, calls = torch.randn(4, 9), []
+    monkeypatch.setattr(top_kernels, "softmax_top", lambda *args: calls.append(args) or ("p", "ids"))
+    assert worker.fast_topk(worker.renorm_draft_probs(logits, None, False), 4, dim=-1) == ("p", "ids")
+    assert calls == [(logits, 4)]
+    expected = torch.softmax(logits, -1)
+    chain = worker.fast_topk(worker.renorm_draft_probs(logits, None, False), 1, dim=-1)
+    assert torch.equal(chain[0], expected.topk(1)[0]) and torch.equal(chain[1], expected.topk(1)[1])
+    assert torch.equal(worker.renorm_draft_probs(logits, None, True), expected)
+    assert worker.renorm_draft_probs(logits[:0], None, False).shape == (0, 9) and len(calls) == 1
