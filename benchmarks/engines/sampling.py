@@ -12,9 +12,10 @@ unless it is caught and all others pass. vLLM's CPU build takes about fifteen mi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from benchmarks.engines.chi_square import ALPHA, RARE, compare_answers
 from benchmarks.engines.sampling_arms import ARMS, AT_ONCE, ENGINES, PLANTED, Arm
 from fastmtp import files
 from fastmtp.cli import Parser, at_least, run, split_at_dashes
+from fastmtp.engines import process
 from fastmtp.engines.sglang_flags import canonical
 from fastmtp.fingerprint import gpu_name
 from fastmtp.show import markdown
@@ -43,17 +45,32 @@ async def sample(backend, ids: list[int], temperature: float, seeds: range) -> l
         return await asyncio.gather(*map(one, seeds))
 
 
-def answers(args, engine, arm: Arm, number: int, ids: list[int]) -> dict[float, list[list[int]]]:
-    """The arm's answers at each temperature."""
-    seeds = range(number * args.seeds, (number + 1) * args.seeds)  # no arm shares a seed with another
-    log = Path(args.out).with_suffix("") / f"{arm.name.replace(', ', '-').replace(' ', '-')}.log"
-    with tempfile.TemporaryDirectory() as folder:
-        server, lines = engine.server(args, arm, number, log, Path(folder))
-        with server:
-            server.require(lines)
-            return {
-                t: asyncio.run(sample(engine.client(server.url), ids, t, seeds)) for t in args.temperatures
-            }
+def answers(args, engine, ids: list[int]) -> Iterator[tuple[Arm, dict[float, list[list[int]]]]]:
+    """Each arm and its answers at each temperature. `--at-once` servers start side by side, and each is asked
+    alone.
+    """
+    numbered = list(enumerate(ARMS))
+    for first in range(0, len(ARMS), args.at_once):
+        group = numbered[first : first + args.at_once]
+        with contextlib.ExitStack() as stack:
+            started = []
+            for (number, arm), port in zip(group, process.free_ports(len(group)), strict=True):
+                log = Path(args.out).with_suffix("") / f"{arm.name.replace(', ', '-').replace(' ', '-')}.log"
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                started.append(engine.server(args, arm, number, port, log, Path(folder)))
+            outcomes = stack.enter_context(process.together([server for server, _ in started]))
+            for (number, arm), (server, lines), error in zip(group, started, outcomes, strict=True):
+                if error:
+                    raise error
+                server.require(lines)
+                seeds = range(number * args.seeds, (number + 1) * args.seeds)  # no two arms share a seed
+                yield (
+                    arm,
+                    {
+                        t: asyncio.run(sample(engine.client(server.url), ids, t, seeds))
+                        for t in args.temperatures
+                    },
+                )
 
 
 def parser() -> Parser:
@@ -70,6 +87,9 @@ def parser() -> Parser:
     p.add_argument("--num-steps", type=int, default=3, help="drafts per cycle (default %(default)s)")
     p.add_argument("--seeds", type=int, default=2000, help="answers per arm (default %(default)s)")
     p.add_argument("--temperatures", type=float, nargs="+", default=[0.6, 1.0], help="default 0.6 1.0")
+    p.add_argument(
+        "--at-once", type=int, default=1, help="servers started side by side (default %(default)s)"
+    )
     p.add_argument("--out", required=True, metavar="FILE.md")
     return p
 
@@ -122,13 +142,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ours, flags = split_at_dashes(argv)
     args = parser().parse_args(ours)
     args.flags = canonical(flags) if args.engine == "sglang" else flags
-    at_least(args, 1, "num_steps", "seeds")
+    at_least(args, 1, "num_steps", "seeds", "at_once")
     engine = ENGINES[args.engine]()
     files.claim(args.out)
     ids = load_tokenizer(args.model)(PROMPT)["input_ids"]
     plain, rows = {}, []
-    for number, arm in enumerate(ARMS):
-        for temperature, texts in answers(args, engine, arm, number, ids).items():
+    for arm, texts_by_temperature in answers(args, engine, ids):
+        for temperature, texts in texts_by_temperature.items():
             if temperature not in plain:
                 plain[temperature] = texts
                 continue

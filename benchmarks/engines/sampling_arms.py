@@ -70,9 +70,8 @@ class Vllm:
         self.engine = vllm.installed()
         self.name = f"vLLM {self.engine.version}{' (CPU build)' if self.engine.cpu else ''}"
 
-    def server(self, args, arm: Arm, number: int, log: Path, folder: Path) -> Started:
+    def server(self, args, arm: Arm, number: int, port: int, log: Path, folder: Path) -> Started:
         """The arm's server, not started yet; `folder` takes the planted plugin."""
-        port = process.free_ports(1)[0]
         flags = ["--dtype", self.dtype, "--max-num-seqs", str(AT_ONCE), "--max-model-len", "256"]
         flags = merged([*flags, "--enforce-eager"], args.flags)
         steps, token_map = args.num_steps if arm.drafts else 0, args.token_map if arm.mapped else None
@@ -99,9 +98,9 @@ class SGLang:
     def __init__(self):
         self.name = f"SGLang {sglang.sglang_version()}"
 
-    def server(self, args, arm: Arm, number: int, log: Path, folder: Path) -> Started:
+    def server(self, args, arm: Arm, number: int, port: int, log: Path, folder: Path) -> Started:
         """The arm's server, not started yet; `folder` takes the draft vocabulary."""
-        port, env, ready = process.free_ports(1)[0], {}, []
+        env, ready = {}, []
         steps, token_map = args.num_steps if arm.drafts else 0, args.token_map if arm.mapped else None
         own = ["--dtype", self.dtype, "--random-seed", str(number), "--mem-fraction-static", "0.7"]
         own += ["--context-length", "256", *streams(AT_ONCE), *MEASURED]

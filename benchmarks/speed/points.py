@@ -24,6 +24,8 @@ from fastmtp.vocab.draft_vocab import DraftVocab
 from fastmtp.vocab.script_table import ScriptTable
 from fastmtp.vocab.token_map import parse_size
 
+FAST_TREE = "FASTMTP_FAST_TREE"  # as in fastmtp.sglang_ext.fast_tree, which needs Triton
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -105,7 +107,13 @@ class Point:
         """Whether our own draft model shortens the draft's vocabulary, instead of SGLang's
         --speculative-token-map.
         """
-        return bool(self.map_name) and sglang.EXTERNAL_PACKAGE in self.variant.environment
+        ours = sglang.EXTERNAL_PACKAGE in self.variant.environment and not self.fast_tree
+        return bool(self.map_name) and ours
+
+    @property
+    def fast_tree(self) -> bool:
+        """Whether our package is there for its tree kernels."""
+        return FAST_TREE in self.variant.environment
 
     def settings(self) -> dict:
         """What this point's measurement depends on, besides what is the same for a whole run."""
@@ -119,7 +127,9 @@ class Point:
         then are the output; for trees SGLang can only put one token in their place.
         """
         kept = {
-            k: v for k, v in self.variant.environment.items() if k != sglang.EXTERNAL_PACKAGE or self.extended
+            k: v
+            for k, v in self.variant.environment.items()
+            if k != sglang.EXTERNAL_PACKAGE or self.extended or self.fast_tree
         }
         if not self.num_steps:
             return kept

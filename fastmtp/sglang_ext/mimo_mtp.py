@@ -3,8 +3,9 @@ its name.
 
 SGLang 0.5.17 to 0.5.23. The draft worker's three phases get the batch with its requests before they run;
 there, on the stream that runs the model, the active map is chosen and copied. Verification is untouched, so
-texts do not change. `FASTMTP_DRAFT_VOCAB` names the file that fastmtp.serve wrote; `FASTMTP_CHECK_DRAFTS=1`
-stops the server at a draft outside the map it was drafted with (slow: for tests).
+texts do not change. `FASTMTP_DRAFT_VOCAB` names the file that fastmtp.serve wrote (without it the head stays
+SGLang's own, for `fast_tree` alone); `FASTMTP_CHECK_DRAFTS=1` stops the server at a draft outside the map it
+was drafted with (slow: for tests).
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class MiMoMTP(StockMiMoMTP):
         buffers.
         """
         super().set_embed_and_head(embed, head)
+        if (faster := fast_tree.install()) and get_parallel().tp_rank == 0:
+            print(f"draft trees: {' and '.join(faster)} by our kernels", flush=True)
+        if VOCAB not in os.environ:
+            return
         if get_parallel().attn_dp_size != 1:
             raise ValueError(
                 "--token-maps: not with DP attention, whose ranks run different requests on one head"
@@ -65,11 +70,7 @@ class MiMoMTP(StockMiMoMTP):
         active.activate(self.vocab.first())
         sizes = ", ".join(f"{name} {len(ids)}" for name, ids in self.vocab.maps.items())
         # Printed at any log level, because fastmtp.serve looks for this line.
-        faster = fast_tree.install()
-        self.record.ready(
-            f"policy {self.vocab.policy}, maps {sizes}; active {active.active}"
-            + f"; trees: fast {' and '.join(faster)}" * bool(faster)
-        )
+        self.record.ready(f"policy {self.vocab.policy}, maps {sizes}; active {active.active}")
         wrap_worker()
 
     def load_weights(self, weights):

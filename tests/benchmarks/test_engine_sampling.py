@@ -82,7 +82,7 @@ def test_sglang_is_started_for_each_way_of_drafting(tmp_path, monkeypatch):
     args = SimpleNamespace(num_steps=3, token_map="en.pt", model="m", flags=[])
     engine = sampling_arms.SGLang()
     for number, arm in enumerate(ARMS):
-        server, ready = engine.server(args, arm, number, tmp_path / "log", tmp_path)
+        server, ready = engine.server(args, arm, number, 31000, tmp_path / "log", tmp_path)
         lines[arm.name] = server.argv
         ours = arm.name == "sampled drafts, map"
         assert ready == ([sglang.VOCAB_READY] if ours else [])

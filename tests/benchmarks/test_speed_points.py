@@ -178,3 +178,12 @@ def test_the_lists_for_a_gpu_are_ones_that_sglang_takes(name, tmp_path, monkeypa
         line = command(point, tmp_path / "out" / "model", 31000, [])
         assert not [part for part in line if part.startswith("--") and part not in facts["flags"]]
         assert point.variant.base or any(p.variant == point.variant and not p.num_steps for p in todo)
+
+
+def test_our_tree_kernels_leave_the_map_to_sglang():
+    ours = "SGLANG_EXTERNAL_MODEL_PACKAGE=fastmtp.sglang_ext"
+    variants = parse_variants([f"own={ours}", f"fast={ours} FASTMTP_FAST_TREE=1"])
+    own, fast, plain = listed(MIMO, "own.3+8k,fast.3+8k@tree4x16,own.3", shapes.PAPER, variants, {})
+    assert own.extended and not fast.extended and not plain.extended
+    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" in fast.environment()
+    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in plain.environment()

@@ -217,3 +217,13 @@ def test_only_the_first_rank_talks(package, capsys):
 def test_dp_attention_is_refused(package):
     with pytest.raises(ValueError, match="DP attention"):
         package(attn_dp_size=2)
+
+
+def test_without_maps_the_head_stays_stock(package, monkeypatch):
+    module, _, _ = package()
+    monkeypatch.delenv("FASTMTP_DRAFT_VOCAB")
+    model = module.EntryClass(None)
+    weight, hidden = torch.nn.Parameter(torch.randn(7, H), requires_grad=False), torch.randn(2, H)
+    model.set_embed_and_head(None, weight)  # SGLang has taken the rows of its own token map already
+    got = model.logits_processor._compute_lm_head(hidden, model.lm_head)
+    torch.testing.assert_close(got, hidden @ weight.T)
