@@ -175,6 +175,7 @@ class Plan:
         card = {"CUDA_VISIBLE_DEVICES": self.cards[arm.card]} if self.cards else {}
         if self.engine:
             return vllm.environment(self.engine, arm.model) | card
+        card |= sglang.tree_environment(arm.tree)
         maps = self.out / "vocab" / f"{arm.folder}.pt"
         if self._by_our_map(arm):
             card |= sglang.vocab_environment(f"map={arm.token_map}", "fixed:map", arm.model, maps)
@@ -220,6 +221,7 @@ class Plan:
         else:
             settings |= {"gpu": gpu_name(), "sglang": _version("sglang")}
             settings |= {"--attention-backend": sglang.attention_backend()} | values(self.server_flags())
+            settings |= {k: v for k, v in sglang.tree_environment(arm.tree).items() if k == sglang.FAST_TREE}
             settings |= {k: v for k, v in os.environ.items() if k.startswith("SGLANG_") and "KEY" not in k}
         return fingerprint(contents, settings)
 

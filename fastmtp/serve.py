@@ -30,7 +30,14 @@ from fastmtp.engines import vllm
 from fastmtp.engines.address import HOST
 from fastmtp.engines.process import Server, ServerError
 from fastmtp.engines.request import Serving
-from fastmtp.engines.sglang import ADAPTIVE_STEPS, VOCAB_READY, command, sglang_version, vocab_environment
+from fastmtp.engines.sglang import (
+    ADAPTIVE_STEPS,
+    VOCAB_READY,
+    command,
+    sglang_version,
+    tree_environment,
+    vocab_environment,
+)
 from fastmtp.engines.sglang_flags import canonical, merged
 from fastmtp.inputs import read_json, shipped
 from fastmtp.planning.plan_file import Plan, read_plan, write_steps
@@ -188,9 +195,10 @@ def start_sglang(args, serving: Serving, folder: Path | None) -> Start:
     """SGLang's start. `folder` takes the file of --token-maps. Raises InputError for what cannot work."""
     line = command(serving)
     name = "SGLang" if args.dry_run else f"SGLang {sglang_version()}"
+    env = tree_environment(serving.tree)
     if not args.token_maps:
-        return Start(name, line)
-    env = vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, folder / "vocab.pt")
+        return Start(name, line, env)
+    env |= vocab_environment(args.token_maps, args.vocab_policy or "auto", args.model, folder / "vocab.pt")
     # SGLang passes over a model package that it cannot import, and drafts from the whole vocabulary.
     return Start(name, line, env, [VOCAB_READY])
 

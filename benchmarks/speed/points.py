@@ -24,8 +24,6 @@ from fastmtp.vocab.draft_vocab import DraftVocab
 from fastmtp.vocab.script_table import ScriptTable
 from fastmtp.vocab.token_map import parse_size
 
-FAST_TREE = "FASTMTP_FAST_TREE"  # as in fastmtp.sglang_ext.fast_tree, which needs Triton
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -107,30 +105,23 @@ class Point:
         """Whether our own draft model shortens the draft's vocabulary, instead of SGLang's
         --speculative-token-map.
         """
-        ours = sglang.EXTERNAL_PACKAGE in self.variant.environment and not self.fast_tree
-        return bool(self.map_name) and ours
-
-    @property
-    def fast_tree(self) -> bool:
-        """Whether our package is there for its tree kernels."""
-        return FAST_TREE in self.variant.environment
+        return bool(self.map_name) and sglang.EXTERNAL_PACKAGE in self.variant.environment
 
     def settings(self) -> dict:
         """What this point's measurement depends on, besides what is the same for a whole run."""
         own = {"num_steps": self.num_steps, "head_rows": self.head_rows, "accept length": f"{self.tau:.9f}"}
         own |= {"tree": asdict(self.tree)} if self.tree else {}
         own |= {"adaptive": True} if self.adaptive else {}
-        return own | {"variant flags": list(self.variant.flags), "variant environment": self.environment()}
+        environment = {k: v for k, v in self.environment().items() if k != "PYTHONPATH"}
+        return own | {"variant flags": list(self.variant.flags), "variant environment": environment}
 
     def environment(self) -> dict[str, str]:
         """What makes SGLang accept `tau` tokens per pass on average. A chain's drafts
         then are the output; for trees SGLang can only put one token in their place.
         """
-        kept = {
-            k: v
-            for k, v in self.variant.environment.items()
-            if k != sglang.EXTERNAL_PACKAGE or self.extended or self.fast_tree
-        }
+        own = self.variant.environment
+        kept = {k: v for k, v in own.items() if k != sglang.EXTERNAL_PACKAGE or self.extended}
+        kept |= sglang.tree_environment(self.tree, own)
         if not self.num_steps:
             return kept
         return kept | {

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -25,11 +26,15 @@ from fastmtp.engines.sglang_flags import without as without
 from fastmtp.files import python_path
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
+from fastmtp.trees.tree import DynamicTree
 from fastmtp.vocab import draft_vocab
 
 OLDEST = (0, 5, 17)
+PACKAGE = "fastmtp.sglang_ext"
 EXTERNAL_PACKAGE = "SGLANG_EXTERNAL_MODEL_PACKAGE"  # SGLang takes models of this package before its own
 VOCAB_READY = "draft vocabulary: ready"  # what fastmtp.sglang_ext logs once it is in use
+FAST_TREE = "FASTMTP_FAST_TREE"  # which of fastmtp.sglang_ext.fast_tree's kernels: 1 for all, 0 for none
+FAST_TREE_VERSION = "0.5.17"  # of SGLang, whose functions these kernels replace
 
 TREE = "the tree (--tree, or @tree of an arm), or leave it out"
 # Flags that our own options decide: after `--` they may repeat what those say and nothing else.
@@ -65,12 +70,9 @@ GUARDED = (*OURS, *LOSSLESS, *REFUSED, *STEADY, "--tp-size", "--dp-size", "--tru
 
 def sglang_version() -> str:
     """Version of the installed SGLang. Raises InputError if there is none, or one too old."""
-    try:
-        version = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            "SGLang is not installed; pip install -e '.[serve]' on a machine with a GPU"
-        ) from None
+    version = _installed_version()
+    if version is None:
+        raise InputError("SGLang is not installed; pip install -e '.[serve]' on a machine with a GPU")
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     if numbers < OLDEST:
         raise InputError(f"SGLang {version} is too old; pip install 'sglang>={'.'.join(map(str, OLDEST))}'")
@@ -275,8 +277,29 @@ def vocab_environment(token_maps: str, policy: str, model: str, path: Path) -> d
 
 def extension(path: Path) -> dict[str, str]:
     """The environment in which SGLang loads our draft model with the vocabulary in `path`."""
-    return {
-        EXTERNAL_PACKAGE: "fastmtp.sglang_ext",
-        "FASTMTP_DRAFT_VOCAB": str(path.resolve()),
-        "PYTHONPATH": python_path(),
-    }
+    return {"FASTMTP_DRAFT_VOCAB": str(path.resolve())} | _package()
+
+
+def tree_environment(tree: DynamicTree | None, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment in which SGLang drafts and verifies `tree` with our kernels, if its version is theirs.
+
+    FASTMTP_FAST_TREE, in `more` or this process, decides first; a model package of the user's own stays.
+    """
+    said = os.environ | dict(more or {})
+    version = _installed_version()
+    parts = said.get(FAST_TREE, "1" if version == FAST_TREE_VERSION else "0")
+    if not tree or parts in ("", "0") or said.get(EXTERNAL_PACKAGE, PACKAGE) != PACKAGE:
+        return {}
+    return {FAST_TREE: parts} | _package()
+
+
+def _package() -> dict[str, str]:
+    """The environment in which SGLang finds our models before its own."""
+    return {EXTERNAL_PACKAGE: PACKAGE, "PYTHONPATH": python_path()}
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return None

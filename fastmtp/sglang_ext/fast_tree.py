@@ -1,4 +1,4 @@
-"""Draft trees in SGLang 0.5.17 with fewer kernels; off unless FASTMTP_FAST_TREE names parts (1: all).
+"""Draft trees in SGLang 0.5.17 with fewer kernels; FASTMTP_FAST_TREE names parts (1: all, 0: none).
 
 `metadata`: what FlashAttention reads about a tree is written by one kernel before the verification's CUDA
 graph, instead of some thirty; the same numbers. `attention`: inside the graph, attention to the tree's nodes
@@ -62,7 +62,7 @@ def install() -> list[str]:
     """
     names = parts()
     if names and tree_kernels.triton is None:
-        raise ValueError(f"{VARIABLE}: Triton is missing; unset the variable")
+        raise ValueError(f"{VARIABLE}: Triton is missing; set it to 0")
     modules = {}
     for name in names:
         place, functions = KNOWN[name]
@@ -71,7 +71,7 @@ def install() -> list[str]:
         for function, known in functions.items():
             source = inspect.getsource(getattr(getattr(modules[name], owner), function))
             if digest(source) != known:
-                raise ValueError(f"{VARIABLE}: {function} is not that of SGLang 0.5.17; unset the variable")
+                raise ValueError(f"{VARIABLE}: {function} is not that of SGLang 0.5.17; set it to 0")
     for name in names:
         if name not in vars(modules[name]).setdefault("fastmtp_parts", []):
             modules[name].fastmtp_parts.append(name)

@@ -180,10 +180,17 @@ def test_the_lists_for_a_gpu_are_ones_that_sglang_takes(name, tmp_path, monkeypa
         assert point.variant.base or any(p.variant == point.variant and not p.num_steps for p in todo)
 
 
-def test_our_tree_kernels_leave_the_map_to_sglang():
-    ours = "SGLANG_EXTERNAL_MODEL_PACKAGE=fastmtp.sglang_ext"
-    variants = parse_variants([f"own={ours}", f"fast={ours} FASTMTP_FAST_TREE=1"])
-    own, fast, plain = listed(MIMO, "own.3+8k,fast.3+8k@tree4x16,own.3", shapes.PAPER, variants, {})
-    assert own.extended and not fast.extended and not plain.extended
-    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" in fast.environment()
-    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in plain.environment()
+def test_trees_get_our_kernels_where_sglang_is_the_version_they_know(monkeypatch):
+    monkeypatch.delenv("FASTMTP_FAST_TREE", raising=False)
+    monkeypatch.setattr(sglang, "_installed_version", lambda: "0.5.17")
+    variants = parse_variants(["fa3=--attention-backend fa3", "stock:fa3=FASTMTP_FAST_TREE=0"])
+    tree, stock, chain = listed(
+        MIMO, "fa3.3+8k@tree4x16,stock.3+8k@tree4x16,fa3.3", shapes.PAPER, variants, {}
+    )
+    assert tree.environment()["FASTMTP_FAST_TREE"] == "1" and "PYTHONPATH" in tree.environment()
+    assert not tree.extended  # the map stays SGLang's own
+    assert "PYTHONPATH" not in tree.settings()["variant environment"]  # another checkout measures the same
+    for point in (stock, chain):
+        assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in point.environment()
+    monkeypatch.setattr(sglang, "_installed_version", lambda: "0.5.23")
+    assert "FASTMTP_FAST_TREE" not in tree.environment()

@@ -269,3 +269,18 @@ def test_adaptive_steps(model, tmp_path, monkeypatch, capsys):
     assert value(line, "--speculative-num-draft-tokens") == "8"  # its buffers must hold the table's 7 steps
     line = command(model, 5, adaptive=True, table=str(tmp_path / "steps.json"))
     assert value(line, "--speculative-adaptive-config") == str(tmp_path / "steps.json")
+
+
+def test_the_user_decides_about_the_tree_kernels(monkeypatch):
+    tree = DynamicTree(4, 3, 16)
+    monkeypatch.setattr(sglang, "_installed_version", lambda: "0.5.17")
+    monkeypatch.delenv("SGLANG_EXTERNAL_MODEL_PACKAGE", raising=False)
+    for said, parts in ((None, "1"), ("draft", "draft"), ("0", None), ("", None)):
+        monkeypatch.delenv("FASTMTP_FAST_TREE", raising=False)
+        if said is not None:
+            monkeypatch.setenv("FASTMTP_FAST_TREE", said)
+        assert sglang.tree_environment(tree).get("FASTMTP_FAST_TREE") == parts
+        assert not sglang.tree_environment(None)
+    monkeypatch.delenv("FASTMTP_FAST_TREE")
+    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "models.of.mine")
+    assert sglang.tree_environment(tree) == {}
