@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fastmtp.cli import InputError
 from fastmtp.formats.gguf_file import byte_level
@@ -42,6 +42,8 @@ def load_tokenizer(name: str | Path):
 
     Raises InputError if there is none or if it is not a fast one.
     """
+    from transformers import AutoTokenizer  # takes seconds, which --help and a wrong flag need not wait for
+
     path = Path(name)
     try:
         if path.suffix == ".gguf":
