@@ -139,11 +139,12 @@ def generate(
         if all(chat.key in journal.done for chat in batch):
             continue
         samples, refused = answer_batch(model, batch, seed + 1000 * number)
+        done = len(refused)
         for row in samples:
             if row["key"] not in journal.done:
                 journal.write(row)
-                bar.update()
+                done += 1
         for chat, reason in refused:
             journal.fail(chat, reason)
-            bar.update()
+        bar.update(done)  # in one go: a rate taken after the first of a batch would be far too low
         bar.set_postfix_str(f"{journal.tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
