@@ -53,7 +53,7 @@ def compare(plan: Plan, results: list[Result], dtype: str) -> list[dict]:
     """
     rows, loaded = [], {}
     for arm, task, answers in results:
-        if not arm.num_steps:
+        if not arm.num_steps or arm.adaptive:  # the latter's drafts per pass are not recorded
             continue
         if arm.model not in loaded:
             loaded = {arm.model: models.load(arm.model, dtype, plan.args.device)}  # one at a time: memory

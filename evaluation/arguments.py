@@ -14,7 +14,8 @@ def add_arguments(p: Parser) -> None:
     p.add_argument(
         "--arms",
         default="baseline,fastmtp:3",
-        help="baseline, vanilla:K, fastmtp:K, +MAP, @treeTOPKxNODES, @sampled (default %(default)s)",
+        help="baseline, vanilla:K, fastmtp:K, +MAP, @treeTOPKxNODES, @sampled, @adaptive "
+        "(default %(default)s)",
     )
     p.add_argument(
         "--token-map",

@@ -1,8 +1,8 @@
 """Arms: `baseline`, `vanilla:K`, `fastmtp:K`, each speculative one with `+MAP` for a draft vocabulary.
 
 K is the number of draft steps. `vanilla` is the head as it was before training and lives in a model folder
-of its own; `baseline` is the same model without drafts. `@treeTOPKxNODES` drafts a tree, and `@sampled`
-draws the drafts at random instead of taking the likeliest.
+of its own; `baseline` is the same model without drafts. `@treeTOPKxNODES` drafts a tree, `@sampled` draws the
+drafts at random instead of taking the likeliest, and `@adaptive` lets SGLang change the number of steps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from fastmtp import hub
 from fastmtp.cli import InputError
+from fastmtp.engines.sglang import ADAPTIVE_STEPS
 from fastmtp.inputs import existing, resource
 from fastmtp.trees.tree import DynamicTree
 
@@ -21,7 +22,8 @@ TOPK = 4  # of an arm's tree that names its nodes alone
 @dataclass(frozen=True)
 class Arm:
     """num_steps 0: plain decoding. token_map: a path, or None for the full head. tree: instead of a chain.
-    sampled: drafts are drawn from the head's distribution. card: which of --gpus.
+    sampled: drafts are drawn from the head's distribution. adaptive: SGLang takes up to num_steps.
+    card: which of --gpus.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Arm:
     map_name: str | None = None
     tree: DynamicTree | None = None
     sampled: bool = False
+    adaptive: bool = False
     card: int = 0
 
     @property
@@ -61,11 +64,17 @@ def _named(item: str) -> tuple[str, str]:
 
 
 def _drafted(name: str, model: str, vanilla_model: str | None, maps: dict[str, str]) -> Arm:
-    """An arm, with or without @sampled."""
-    arm = _arm(name.removesuffix("@sampled"), model, vanilla_model, maps)
-    if name.endswith("@sampled") and not arm.num_steps:
-        raise InputError(f"--arms: '{name}': plain decoding has no drafts; leave @sampled out")
-    return replace(arm, name=name, sampled=name.endswith("@sampled"))
+    """An arm, with or without @sampled or @adaptive."""
+    match = re.fullmatch(r"(.*?)(@sampled|@adaptive)?", name, re.DOTALL)
+    arm, how = _arm(match[1], model, vanilla_model, maps), match[2]
+    if how and not arm.num_steps:
+        raise InputError(f"--arms: '{name}': plain decoding has no drafts; leave {how} out")
+    if how == "@adaptive" and (arm.tree or arm.num_steps != ADAPTIVE_STEPS):
+        raise InputError(
+            f"--arms: '{name}': SGLang changes chains of up to {ADAPTIVE_STEPS} steps; give "
+            f"{match[1].partition(':')[0]}:{ADAPTIVE_STEPS}@adaptive, with +MAP before the @"
+        )
+    return replace(arm, name=name, sampled=how == "@sampled", adaptive=how == "@adaptive")
 
 
 def _arm(name: str, model: str, vanilla_model: str | None, maps: dict[str, str]) -> Arm:
@@ -75,7 +84,8 @@ def _arm(name: str, model: str, vanilla_model: str | None, maps: dict[str, str])
     if not match:
         raise InputError(
             f"--arms: '{name}' is not baseline, vanilla:K or fastmtp:K, with +MAP for a token map and "
-            "@treeTOPKxNODES for a draft tree or @sampled for drafts drawn at random"
+            "@treeTOPKxNODES for a draft tree, @sampled for drafts drawn at random or @adaptive for SGLang's "
+            "changing number of steps"
         )
     kind, steps, map_name, topk, nodes = match.groups()
     if map_name and map_name not in maps:

@@ -115,7 +115,7 @@ class Plan:
     def _check_arms(self) -> None:
         """A wrong folder, flag, map or chat template must not surface after an hour."""
         tokenizers = {}
-        self._check_sampling()
+        self._check_drafts()
         for arm in self.arms:
             if self.args.backend != "reference":
                 self.command(arm, self.args.port, "triton")
@@ -132,7 +132,7 @@ class Plan:
                 load_map(arm.token_map, tokenizers[arm.model], size)
         self.tokenizers = tokenizers
 
-    def _check_sampling(self) -> None:
+    def _check_drafts(self) -> None:
         a, sampled = self.args, next((arm.name for arm in self.arms if arm.sampled), None)
         if sampled and not a.temperature:
             raise InputError(f"--arms: '{sampled}' draws its drafts at random; add --temperature")
@@ -140,6 +140,9 @@ class Plan:
             raise InputError(
                 f"--arms: '{sampled}': the reference backend always draws its drafts; use no @sampled"
             )
+        adaptive = next((arm.name for arm in self.arms if arm.adaptive), None)
+        if adaptive and a.backend == "reference":
+            raise InputError(f"--arms: '{adaptive}': only SGLang changes the number of steps; leave it out")
         if a.backend == "reference" and (a.top_k or a.top_p < 1):
             raise InputError(
                 "--top-k, --top-p: the reference backend samples from all tokens; leave them out"
@@ -165,7 +168,7 @@ class Plan:
         if self.engine:
             flags = merged(backend_vllm.flags(self.engine, arm.num_steps), flags)
         serving = Serving(arm.model, arm.num_steps, arm.token_map, port=port, flags=flags)
-        serving = replace(serving, tree=arm.tree, sampled=arm.sampled)
+        serving = replace(serving, tree=arm.tree, sampled=arm.sampled, adaptive=arm.adaptive)
         if self._by_our_map(arm):
             serving = replace(serving, token_map=None, token_maps=f"map={arm.token_map}")
         return vllm.command(serving, self.engine) if self.engine else sglang.command(serving, backend)
@@ -209,6 +212,7 @@ class Plan:
         settings |= {"backend": a.backend, "dtype": self.dtype} | ({"card": arm.card} if self.cards else {})
         settings |= {"tree": dataclasses.asdict(arm.tree)} if arm.tree else {}
         settings |= {"drafts": "sampled"} if arm.sampled else {}
+        settings |= {"steps": "adaptive"} if arm.adaptive else {}
         if a.backend == "reference":
             contents["decoder"] = [model.__file__, speculative.__file__, *checkpoint.CODE]
             settings |= {"device": a.device} | machine()

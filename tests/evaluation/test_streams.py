@@ -51,6 +51,16 @@ def test_sampled_arms():
         parse_arms("baseline@sampled", "m", None, [])
 
 
+def test_arms_whose_steps_change():
+    (one,) = parse_arms("fastmtp:7@adaptive", "m", None, [])
+    assert (one.name, one.num_steps, one.adaptive, one.sampled) == ("fastmtp:7@adaptive", 7, True, False)
+    for name in ("fastmtp:3@adaptive", "fastmtp:7@tree4x16@adaptive"):
+        with pytest.raises(InputError, match="chains of up to 7 steps; give fastmtp:7@adaptive"):
+            parse_arms(name, "m", None, [])
+    with pytest.raises(InputError, match="plain decoding has no drafts; leave @adaptive out"):
+        parse_arms("baseline@adaptive", "m", None, [])
+
+
 def test_each_question_has_a_seed_that_arms_share():
     settings = Settings(temperature=0.6, seed=5, top_k=20, top_p=0.95)
     one, other = settings.sampling("00000001ab"), settings.sampling("00000002ab")
