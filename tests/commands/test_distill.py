@@ -153,7 +153,8 @@ def test_a_server_that_is_gone_ends_the_run_and_loses_nothing(place):
         assert not Path("out.jsonl").exists()
         server.fault, before = lambda n, _: None, len(server.bodies)
         run("--in-flight", "4", server=server)
-    assert len(lines()) == 200 and len(server.bodies) - before == 180
+    asked = len(server.bodies) - before
+    assert len(lines()) == 200 and 180 <= asked <= 184  # the first run's four in flight may arrive late
 
 
 @pytest.mark.parametrize(
