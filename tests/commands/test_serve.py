@@ -209,4 +209,17 @@ def test_the_script_adds_the_single_stream_flags_unless_given_others(own, model)
     )
     assert found.returncode == 0, found.stderr
     assert ("--max-running-requests 1 --cuda-graph-max-bs-decode 1" in found.stdout) == (not own)
-    assert "--speculative-num-steps 3" in found.stdout
+    assert "--speculative-num-steps 3" in found.stdout and "--port 30000" in found.stdout
+
+
+@pytest.mark.parametrize(
+    "option, steps, alone",
+    [(["--tree", "4,5,16"], 5, True), (["--adaptive"], 7, False), (["--num-steps", "2"], 2, True)],
+)
+def test_the_script_leaves_the_steps_to_trees_and_tables(option, steps, alone, model):
+    line = ["sh", str(HERE.parent / "scripts" / "serve.sh"), "--model", model, "--engine", "sglang"]
+    line += ["--dry-run", *option]
+    found = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert found.returncode == 0, found.stderr
+    assert f"--speculative-num-steps {steps} " in found.stdout
+    assert ("--max-running-requests 1 " in found.stdout) == alone

@@ -85,10 +85,16 @@ def in_one_line(numbers: list[str], results: str) -> bool:
 
 
 def row_is_founded(row: list[str], root: Path) -> bool:
-    """The measured cells (all but what ran, what is real, and the link) stand together in the file."""
-    numbers = NUMBER.findall(" ".join(row[2:-1]))
+    """The measured cells (all but what ran, what is real, and the link) stand together in the file; of cells
+    such as `2.11 / 2.69` all the first, and all the second.
+    """
     results = (root / results_of(row[-1])[0]).read_text(encoding="utf-8")
-    return bool(numbers) and in_one_line(numbers, results)
+    sides = [cell.split(" / ") for cell in row[2:-1]]
+    for side in range(max(map(len, sides))):
+        numbers = NUMBER.findall(" ".join(cell[min(side, len(cell) - 1)] for cell in sides))
+        if not numbers or not in_one_line(numbers, results):
+            return False
+    return True
 
 
 def test_rows():
