@@ -37,7 +37,7 @@ def _place(environment: dict) -> str:
     versions = environment["versions"]
     engines = {"sglang": ("SGLang", "sglang"), "vllm": ("vLLM", "vllm")}
     name, package = engines.get(environment["backend"], ("torch", "torch"))
-    settings = environment["settings"].get("dtype")
+    settings = environment["settings"].get("dtype") or environment.get("dtype")  # vLLM does not tell
     engine = f"{name} {versions.get(package)}"
     return f"{environment['gpu'] or 'CPU'}, {engine}, {settings}, {environment['finished']}"
 

@@ -53,7 +53,8 @@ def build(
             drift[line["task"]] = line["speedup"] - 1
     report = {"tasks": tasks, "titles": titles, "arms": arms, "cells": cells, "average": average}
     report |= {"position_rates": pooled, "drift": drift, "cards": _cards(plain), "streams": streams or []}
-    report |= {"facts": facts(lines[0]), "environment": lines[0]["environment"]}
+    environment = lines[0]["environment"] | {"dtype": lines[0]["config"].get("dtype")}
+    report |= {"facts": facts(lines[0]), "environment": environment}
     return report | {"warnings": warnings(lines, drift)}
 
 
