@@ -242,7 +242,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_steps(work):
     assert (work / "stopped" / f"checkpoint-{LONG}" / "model.safetensors").stat().st_mtime_ns == before
     result = sft(work, "stopped", **settings, learning_rate="1e-5", mtp_num_steps=5)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "learning_rate: 0.001 -> 1e-05; mtp_num_steps: 3 -> 5" in result.stderr
+    assert "learning_rate: 0.002 -> 1e-05; mtp_num_steps: 3 -> 5" in result.stderr
 
 
 def test_a_trainable_set_that_is_not_the_head_stops_the_run(base_folder):

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def questions(tmp_path):
+def short_tasks(tmp_path):
     folder = tmp_path / "questions"
     folder.mkdir()
     for name in ("nq_qa", "nq_rag", "cnn_dm"):

@@ -15,7 +15,7 @@ from fastmtp.cli import InputError
 
 
 @pytest.fixture
-def reference(model, questions, monkeypatch, tmp_path):
+def reference(model, short_tasks, monkeypatch, tmp_path):
     """run(*more) of one small evaluation with the decoder faked; its model may be changed. Gives the number
     of questions asked.
     """
@@ -26,11 +26,11 @@ def reference(model, questions, monkeypatch, tmp_path):
     map_path = tmp_path / "small.pt"
     torch.save(torch.arange(20), map_path)
 
-    def ask(*more, folder=folder, questions=questions, command=run.main):
+    def ask(*more, folder=folder, short_tasks=short_tasks, command=run.main):
         calls.clear()
         options = ["--backend", "reference", "--tasks", "nq_qa", "--arms", "baseline,fastmtp:2+small"]
         maps = ["--token-map", f"small={map_path}"]
-        command(arguments(str(folder), questions, tmp_path / "out", *options, *maps, *more))
+        command(arguments(str(folder), short_tasks, tmp_path / "out", *options, *maps, *more))
         return len(calls)
 
     return types.SimpleNamespace(ask=ask, folder=folder, head=head, map=map_path, out=tmp_path / "out")
@@ -84,10 +84,10 @@ def test_the_same_content_is_kept_whatever_its_names_and_times(reference, capsys
 
 
 def test_the_engines_flags_environment_and_gpu_are_part_of_an_answer(
-    model, questions, started, monkeypatch, tmp_path
+    model, short_tasks, started, monkeypatch, tmp_path
 ):
     out, port = tmp_path / "out", str(free_port())
-    given = arguments(model, questions, out, "--tasks", "nq_qa", "--arms", "baseline", "--port", port)
+    given = arguments(model, short_tasks, out, "--tasks", "nq_qa", "--arms", "baseline", "--port", port)
     run.main([*given, "--repeat-questions", "0", "--", "--mem-fraction-static=0.5"])
     # The same, written otherwise, on another port: nothing is asked.
     run.main(

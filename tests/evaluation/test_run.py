@@ -19,7 +19,7 @@ from fastmtp.files import check_output
 HERE = Path(__file__).parents[1]
 
 
-def test_the_whole_table_over_servers(model, questions, started, tmp_path, capsys):
+def test_the_whole_table_over_servers(model, short_tasks, started, tmp_path, capsys):
     out, port = tmp_path / "out", str(free_port())
     more = [
         "--arms",
@@ -31,7 +31,7 @@ def test_the_whole_table_over_servers(model, questions, started, tmp_path, capsy
         "--repeat-questions",
         "3",
     ]
-    run.main(arguments(model, questions, out, *more, "--", "--mem-fraction-static=0.5"))
+    run.main(arguments(model, short_tasks, out, *more, "--", "--mem-fraction-static=0.5"))
     lines = read(out / "results.jsonl")
     assert [(x["arm"], x["task"]) for x in lines] == [
         (arm, task)
@@ -66,33 +66,33 @@ def test_the_whole_table_over_servers(model, questions, started, tmp_path, capsy
         charts.main([str(tmp_path)])
 
     # The same command again: no server, the same numbers.
-    run.main(arguments(model, questions, out, *more, "--", "--mem-fraction-static=0.5"))
+    run.main(arguments(model, short_tasks, out, *more, "--", "--mem-fraction-static=0.5"))
     assert len(started) == 4 and read(out / "results.jsonl") == lines
     # One arm's answers lost: only that arm is asked again.
     (out / "answers" / "fastmtp-1" / "nq_qa.jsonl").unlink()
-    run.main(arguments(model, questions, out, *more, "--", "--mem-fraction-static=0.5"))
+    run.main(arguments(model, short_tasks, out, *more, "--", "--mem-fraction-static=0.5"))
     assert len(started) == 5 and started[4][started[4].index("--speculative-num-steps") + 1] == "1"
 
 
-def test_servers_at_once_get_ports_and_memory_of_their_own(model, questions, started, tmp_path):
+def test_servers_at_once_get_ports_and_memory_of_their_own(model, short_tasks, started, tmp_path):
     more = ["--arms", "baseline,fastmtp:1,fastmtp:2", "--tasks", "nq_qa", "--at-once", "2", "--parallel", "4"]
     out, port = tmp_path / "out", free_port()
-    run.main(arguments(model, questions, out, *more, "--port", str(port), "--dtype", "float32"))
+    run.main(arguments(model, short_tasks, out, *more, "--port", str(port), "--dtype", "float32"))
     assert [x["arm"] for x in read(out / "results.jsonl")] == ["baseline", "fastmtp:1", "fastmtp:2", REPEAT]
     assert [line[line.index("--port") + 1] for line in started] == [str(port), str(port + 1)] * 2
     for line in started:
         assert line[line.index("--max-total-tokens") + 1] == str(4 * (30 + plan.PROMPT_ROOM))
         assert line.count("--attention-backend") == 1 and "--enable-deterministic-inference" in line
     with pytest.raises(InputError, match="--at-once must be at least 1, not 0"):
-        run.main(arguments(model, questions, out, *more, "--at-once", "0"))
+        run.main(arguments(model, short_tasks, out, *more, "--at-once", "0"))
 
 
-def test_a_tree_arm_is_served_and_never_taken_for_another_tree(model, questions, started, tmp_path):
+def test_a_tree_arm_is_served_and_never_taken_for_another_tree(model, short_tasks, started, tmp_path):
     out = tmp_path / "out"
     for nodes, asked in (("8", True), ("8", False), ("16", True)):
         started.clear()
         more = ["--arms", f"fastmtp:3@tree{nodes}", "--tasks", "nq_qa", "--port", str(free_port())]
-        run.main(arguments(model, questions, out, *more))
+        run.main(arguments(model, short_tasks, out, *more))
         assert bool(started) == asked
         (line,) = read(out / "results.jsonl")
         tree = {"topk": 4, "depth": 3, "nodes": int(nodes)}
@@ -100,7 +100,7 @@ def test_a_tree_arm_is_served_and_never_taken_for_another_tree(model, questions,
     assert started[0][started[0].index("--speculative-num-draft-tokens") + 1] == "16"
 
 
-def test_two_cards_and_two_levels_of_streams(model, questions, started, tmp_path, monkeypatch, capsys):
+def test_two_cards_and_two_levels_of_streams(model, short_tasks, started, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv(PAUSE, "0.002")
     devices, begin = [], process.Server.start
@@ -113,7 +113,7 @@ def test_two_cards_and_two_levels_of_streams(model, questions, started, tmp_path
     more = ["--arms", "baseline,fastmtp:1,fastmtp:3", "--tasks", "nq_qa,nq_rag,cnn_dm", "--gpus", "2"]
     more += ["--repeat-questions", "2", "--streams", "1,4", "--port", str(free_port())]
     out = tmp_path / "out"
-    run.main(arguments(model, questions, out, *more))
+    run.main(arguments(model, short_tasks, out, *more))
     assert devices == ["3", "5"] * 3  # baselines, arms, baselines again
     for line in started:
         assert line[line.index("--max-running-requests") + 1] == "4"
@@ -131,16 +131,16 @@ def test_two_cards_and_two_levels_of_streams(model, questions, started, tmp_path
     assert (out / "streams.png").stat().st_size > 0 and "at a time" in (out / "table.md").read_text()
 
     # Again: nothing is asked. A level that was lost is measured again, on the arm's own card.
-    run.main(arguments(model, questions, out, *more))
+    run.main(arguments(model, short_tasks, out, *more))
     (out / "streams" / "fastmtp-3" / "4.json").unlink()
-    run.main(arguments(model, questions, out, *more))
+    run.main(arguments(model, short_tasks, out, *more))
     assert devices[6:] == ["5"]
     more[more.index("2")] = "1"
     with pytest.raises(InputError, match="made under other settings .card: 0 -> none"):
-        run.main(arguments(model, questions, out, *more))
+        run.main(arguments(model, short_tasks, out, *more))
 
 
-def test_a_server_that_dies_at_start_shows_its_last_lines(model, questions, monkeypatch, tmp_path):
+def test_a_server_that_dies_at_start_shows_its_last_lines(model, short_tasks, monkeypatch, tmp_path):
     def dying(*_, **__):
         return [sys.executable, "-c", "print('CUDA out of memory'); raise SystemExit(3)"]
 
@@ -148,12 +148,12 @@ def test_a_server_that_dies_at_start_shows_its_last_lines(model, questions, monk
     monkeypatch.setattr(sglang, "sglang_version", lambda: "0.5.17")
     with pytest.raises(SystemExit) as caught:
         run.main(
-            arguments(model, questions, tmp_path / "out", "--tasks", "nq_qa", "--port", str(free_port()))
+            arguments(model, short_tasks, tmp_path / "out", "--tasks", "nq_qa", "--port", str(free_port()))
         )
     assert "exit code 3" in caught.value.code and "CUDA out of memory" in caught.value.code
 
 
-def test_the_same_arms_without_a_server(model, questions, monkeypatch, tmp_path):
+def test_the_same_arms_without_a_server(model, short_tasks, monkeypatch, tmp_path):
     calls = fake_decoder(monkeypatch)
     out = tmp_path / "out"
     more = [
@@ -166,7 +166,7 @@ def test_the_same_arms_without_a_server(model, questions, monkeypatch, tmp_path)
         "--num-questions",
         "4",
     ]
-    run.main(arguments(model, questions, out, *more))
+    run.main(arguments(model, short_tasks, out, *more))
     lines = read(out / "results.jsonl")
     assert [x["arm"] for x in lines] == ["baseline", "fastmtp:3", REPEAT]
     spec = lines[1]
@@ -178,13 +178,13 @@ def test_the_same_arms_without_a_server(model, questions, monkeypatch, tmp_path)
     check_output(out)  # the record names all that is in the folder, or it could not be replaced
 
 
-def test_without_a_baseline_there_are_no_claims(model, questions, monkeypatch, tmp_path):
+def test_without_a_baseline_there_are_no_claims(model, short_tasks, monkeypatch, tmp_path):
     fake_decoder(monkeypatch)
     out = tmp_path / "out"
     run.main(
         arguments(
             model,
-            questions,
+            short_tasks,
             out,
             "--backend",
             "reference",
@@ -203,18 +203,20 @@ def test_without_a_baseline_there_are_no_claims(model, questions, monkeypatch, t
     assert "steps.png" in (out / "table.md").read_text() and "radar.png" not in (out / "table.md").read_text()
     (out / "mine.png").write_bytes(b"mine")
     plain = ("--backend", "reference", "--arms", "baseline", "--tasks", "nq_qa")
-    run.main(arguments(model, questions, out, *plain))  # nothing is drawn, and nothing of another table stays
+    run.main(
+        arguments(model, short_tasks, out, *plain)
+    )  # nothing is drawn, and nothing of another table stays
     assert [path.name for path in out.glob("*.png")] == ["mine.png"]
     assert ".png" not in (out / "table.md").read_text()
 
 
-def test_different_text_in_float32_is_called_out(model, questions, monkeypatch, tmp_path, capsys):
+def test_different_text_in_float32_is_called_out(model, short_tasks, monkeypatch, tmp_path, capsys):
     fake_decoder(monkeypatch, lossless=False)
-    run.main(arguments(model, questions, tmp_path / "out", "--backend", "reference", "--tasks", "nq_qa"))
+    run.main(arguments(model, short_tasks, tmp_path / "out", "--backend", "reference", "--tasks", "nq_qa"))
     assert "NOT LOSSLESS in float32: fastmtp:3 on nq_qa: 0 of 6" in capsys.readouterr().out
 
 
-def test_wrong_use_is_found_before_anything_starts(model, questions, started, tmp_path):
+def test_wrong_use_is_found_before_anything_starts(model, short_tasks, started, tmp_path):
     out = tmp_path / "out"
     for more, message in (
         (["--tasks", "nothing"], "is not a task"),
@@ -224,7 +226,7 @@ def test_wrong_use_is_found_before_anything_starts(model, questions, started, tm
         (["--tasks", "math_500"], "no files named math_500"),
     ):
         with pytest.raises(InputError, match=message):
-            run.main(arguments(model, questions, out, *more))
+            run.main(arguments(model, short_tasks, out, *more))
     assert not started and not out.exists()
 
 
