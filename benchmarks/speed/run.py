@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks import shapes
 from benchmarks.gpu import copy_bandwidth
 from benchmarks.speed import trace
-from benchmarks.speed.measure import measure, profile, record, row_name
+from benchmarks.speed.measure import PROFILED_TOKENS, measure, profile, record, row_name
 from benchmarks.speed.points import Point, command, listed, parse_gains, parse_variants, points, vocabulary
 from benchmarks.speed.table import costs, markdown, with_speedups
 from evaluation.backends import BackendError
@@ -177,7 +177,7 @@ def load(args) -> list[str]:
     if args.streams == [1]:
         return []
     most = max(args.streams)
-    room = most * (args.prompt_tokens + args.tokens + 512)
+    room = most * (args.prompt_tokens + args.tokens + PROFILED_TOKENS)
     sizes = ["--max-running-requests", str(most), "--cuda-graph-max-bs-decode", str(most)]
     sizes += ["--cuda-graph-bs-decode", *map(str, args.streams)]
     return [*sizes, "--max-total-tokens", str(max(4096, room))]

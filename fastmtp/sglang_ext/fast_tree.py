@@ -95,44 +95,18 @@ def fast_metadata(stock) -> None:
     inner = stock.FlashAttentionBackend._apply_cuda_graph_metadata
 
     @functools.wraps(inner)
-    def run(
-        self,
-        bs,
-        req_pool_indices,
-        seq_lens,
-        seq_lens_sum,
-        encoder_lens,
-        forward_mode,
-        spec_info,
-        *rest,
-        **more,
-    ):
+    def run(self, **given):  # SGLang names every argument
+        bs, spec_info = given["bs"], given["spec_info"]
         mask = getattr(spec_info, "custom_mask", None)
-        if (
-            not forward_mode.is_target_verify()
-            or mask is None
-            or encoder_lens is not None
-            or not plain_tree(self)
-        ):
-            return inner(
-                self,
-                bs,
-                req_pool_indices,
-                seq_lens,
-                seq_lens_sum,
-                encoder_lens,
-                forward_mode,
-                spec_info,
-                *rest,
-                **more,
-            )
-        prefix, tree = (
-            self.target_verify_metadata_topk_normal[bs],
-            self.target_verify_metadata_topk_expand[bs],
-        )
+        verifies = given["forward_mode"].is_target_verify() and mask is not None
+        if not verifies or given["encoder_lens"] is not None or not plain_tree(self):
+            return inner(self, **given)
+        prefix = self.target_verify_metadata_topk_normal[bs]
+        tree = self.target_verify_metadata_topk_expand[bs]
+        lens, requests = given["seq_lens"][:bs], given["req_pool_indices"][:bs]
         live = spec_info.positions.numel() // self.speculative_num_draft_tokens
         tree_kernels.tree_metadata(
-            seq_lens[:bs], req_pool_indices[:bs], self.req_to_token, mask, live, prefix, tree, self.page_size
+            lens, requests, self.req_to_token, mask, live, prefix, tree, self.page_size
         )
         prefix.max_seq_len_k = self.max_context_len
         self.forward_metadata, self.forward_metadata_spec_decode_expand = prefix, tree

@@ -1,4 +1,4 @@
-"""Every number in README stands in the results file that its row or sentence links to."""
+"""Every number in README is in the results file that its row or sentence links to."""
 
 import re
 from pathlib import Path
