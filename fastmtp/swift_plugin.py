@@ -4,6 +4,7 @@
 - loader: MiMo layout, head kept in float32 under bf16 autocast (in bf16 the norms' small updates round away);
 - template: rows that fastmtp.train has encoded are handed on as they are; others (a hub's data sets) go
   through the model's own chat template (chat.py); per-step losses in the log, head-only checkpoints;
+- callback `mtp_start_up`: how long the start took, phase by phase;
 - callback `mtp_tau`: accept length on held-out samples at every checkpoint, the best one kept and linked;
 - a run whose trainable set is not exactly the head stops before its first step.
 
@@ -27,11 +28,14 @@ from swift.arguments import SftArguments
 from swift.callbacks import TrainerCallback, callbacks_map
 from swift.model import ModelGroup, ModelLoader, ModelMeta, register_model
 from swift.template import Template, TemplateMeta, register_template
+from swift.utils import append_to_jsonl
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from fastmtp.chat import encode_chat
 from fastmtp.checkpoint import PREFIX, save_head
 from fastmtp.data.samples import check_measurable, read_samples
+from fastmtp.data.start_up import StartUp
 from fastmtp.files import is_full
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig, MiMoForCausalLM
 from fastmtp.head.varlen import use_flash_attn
@@ -72,6 +76,7 @@ class MiMoLoader(ModelLoader):
         if os.environ.get("MTP_COMPILE") == "True":
             model.compile_layers()
         use_flash_attn(os.environ.get("MTP_FLASH_ATTN") == "True")
+        start_up.lap("model")
         return model
 
 
@@ -126,6 +131,24 @@ class GatherCallback(TrainerCallback):
             self.trainer.template.gathered = head_of(self.trainer.model)
 
     on_epoch_end = on_step_end
+
+
+class StartUpCallback(TrainerCallback):
+    """When the first step ends: what the start took, on the console and as a line of logging.jsonl."""
+
+    shown = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        start_up.lap("trainer")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.shown or not state.is_world_process_zero:
+            return
+        start_up.lap("first step")
+        tqdm.write(start_up.line())
+        seconds = {phase: round(value, 2) for phase, value in start_up.seconds.items()}
+        append_to_jsonl(os.path.join(args.output_dir, "logging.jsonl"), {"start_up": seconds})
+        self.shown = True
 
 
 class TauCallback(TrainerCallback):
@@ -226,6 +249,8 @@ def leave_full_disks(output: Path) -> None:
 if "FASTMTP_PARENT" in os.environ:
     end_with(int(os.environ["FASTMTP_PARENT"]))
     leave_full_disks(Path(os.environ["FASTMTP_RECORD"]).parent)
+start_up = StartUp.taken()
+callbacks_map["mtp_start_up"] = StartUpCallback
 callbacks_map["mtp_tau"] = TauCallback
 callbacks_map["mtp_gather"] = GatherCallback
 register_template(

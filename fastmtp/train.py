@@ -15,12 +15,10 @@ another model it is refused; `--overwrite true` starts over.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +28,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from fastmtp import files
+from fastmtp import BEGAN, files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data import encoded_rows, training_run
@@ -38,10 +36,12 @@ from fastmtp.data.recipe import apply_overrides, complete, read_recipe
 from fastmtp.data.recipe_check import check_head, check_keys, check_numbers, check_warmup
 from fastmtp.data.rendering import check_template
 from fastmtp.data.samples import check_measurable, read_samples
+from fastmtp.data.start_up import StartUp
 from fastmtp.data.training_rows import Rules
 from fastmtp.data.training_run import Start, names, processes
 from fastmtp.data.training_set import TrainingSet, is_local, shuffled, split_count, write_set
 from fastmtp.inputs import existing, read_json
+from fastmtp.swift_process import RECIPE, launch, stop
 from fastmtp.tokenizer import load_tokenizer
 
 HUB = re.compile(r"((hf|ms)::)?[\w.-]+/[\w.-]+(:[^#]*)?(#\d+)?", re.IGNORECASE)  # as ms-swift writes it
@@ -148,20 +148,30 @@ def check_enough(recipe: dict, rows: TrainingSet) -> None:
         )
 
 
-def train(recipe: dict, overwrite: bool = False, max_dropped: float = MAX_DROPPED) -> None:
+def train(
+    recipe: dict,
+    overwrite: bool = False,
+    max_dropped: float = MAX_DROPPED,
+    start_up: StartUp | None = None,
+) -> None:
     """Run `swift sft` on a checked recipe, from where an earlier run stopped. SystemExit(1) if it fails."""
-    output = Path(recipe["output_dir"])
+    output, start_up = Path(recipe["output_dir"]), start_up or StartUp()
     training_run.check_ours(output)
-    sets = read_data(recipe, max_dropped)
-    start = training_run.begin(recipe, overwrite)
-    if start.finished:
-        print(f"{start.checkpoint}: this training is finished ({start.step} steps); 0 steps done now")
-    else:
-        if start.checkpoint:
-            print(f"{start.checkpoint}: continued from step {start.step}", flush=True)
-        encoded_rows.keep(output, sets)
-        with tempfile.TemporaryDirectory(prefix="fastmtp-train-") as folder:
-            code = run_swift(recipe, sets, start, Path(folder))
+    start_up.lap("imports")
+    with (
+        tempfile.TemporaryDirectory(prefix="fastmtp-train-") as folder,
+        launch(recipe, Path(folder)) as process,
+    ):
+        sets = read_data(recipe, max_dropped)
+        start = training_run.begin(recipe, overwrite)
+        if start.finished:
+            print(f"{start.checkpoint}: this training is finished ({start.step} steps); 0 steps done now")
+        else:
+            if start.checkpoint:
+                print(f"{start.checkpoint}: continued from step {start.step}", flush=True)
+            encoded_rows.keep(output, sets)
+            code = run_swift(recipe, sets, start, Path(folder), process, start_up)
+    if not start.finished:
         if code == errno.ENOSPC:
             raise files.full(output)
         if code:
@@ -193,9 +203,20 @@ def check_learnt(model: str, checkpoint: Path) -> None:
         )
 
 
-def run_swift(recipe: dict, sets: dict[str, TrainingSet], start: Start, folder: Path) -> int:
-    """Write what ms-swift reads into a private `folder`, run it, and give its exit code."""
-    needs = {"mtp_tau": "mtp_eval_data" in recipe["model_kwargs"], "mtp_gather": recipe.get("fsdp")}
+def run_swift(
+    recipe: dict,
+    sets: dict[str, TrainingSet],
+    start: Start,
+    folder: Path,
+    process: subprocess.Popen,
+    start_up: StartUp,
+) -> int:
+    """Write what ms-swift reads into `folder`, for whose recipe `process` waits, and give its exit code."""
+    needs = {
+        "mtp_start_up": True,
+        "mtp_tau": "mtp_eval_data" in recipe["model_kwargs"],
+        "mtp_gather": recipe.get("fsdp"),
+    }
     added = [name for name, needed in needs.items() if needed]
     recipe = {**recipe, "resume_from_checkpoint": str(start.checkpoint) if start.checkpoint else None}
     if added:
@@ -211,38 +232,25 @@ def run_swift(recipe: dict, sets: dict[str, TrainingSet], start: Start, folder: 
         recipe["cached_" + key] = [str(folder / key)]
         recipe[key] = [name for name in data if not is_local(name)]
     recipe.setdefault("disable_tqdm", not sys.stderr.isatty())  # a log file gets its lines without a bar
+    # persistent workers take 5 s each to end; a process that is not forked imports everything again to pack
+    recipe.setdefault("dataloader_persistent_workers", False)
+    recipe.setdefault("dataloader_multiprocessing_context", "fork")
     if recipe.get("max_steps") == 1:
         recipe |= {"warmup_ratio": None, "warmup_steps": None}  # the first step of a warmup has the rate 0
-    resolved = folder / "recipe.yaml"  # ms-swift copies it to output_dir
+    resolved = folder / "resolved.yaml"
     recipe = {key: value for key, value in recipe.items() if value not in (None, [])}
     resolved.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": files.python_path(),  # the plugin imports the package
-        "FASTMTP_PARENT": str(os.getpid()),
-        "FASTMTP_RECORD": str((Path(recipe["output_dir"]) / training_run.RECORD).absolute()),
-    }
-    command = [sys.executable, "-c", "from swift.cli.main import cli_main; cli_main()", "sft", str(resolved)]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    start_up.lap("rows")
+    start_up.write(folder)
+    os.replace(resolved, folder / RECIPE)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        stop(process)
+        stop(process, begun=True)
         done = training_run.checkpoints(Path(recipe["output_dir"]))
         go_on = f"continues from {done[-1]}" if done else "starts again: there is no checkpoint yet"
         print(f"fastmtp.train: interrupted; the same command {go_on}", file=sys.stderr)
         raise SystemExit(1) from None
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End ms-swift and all that it started; a no-op if it has ended."""
-    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
 
 
 def parser() -> Parser:
@@ -299,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
         return
     check(recipe, swift_keys(), args.recipe)
-    train(recipe, args.overwrite == "true", args.max_dropped)
+    train(recipe, args.overwrite == "true", args.max_dropped, StartUp(BEGAN))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def test_the_export_keeps_every_other_tensor(work, whole):
 
 def test_the_log_has_the_loss_of_each_step_and_they_make_up_the_loss(whole):
     rows = [json.loads(line) for line in (whole / "logging.jsonl").read_text().splitlines()]
+    assert list(rows[0]["start_up"]) == ["imports", "rows", "model", "trainer", "first step"]
     rows = [row for row in rows if "mtp_loss_1" in row]
     assert len(rows) == STEPS
     for row in rows:
