@@ -2,8 +2,6 @@
 
 Importing takes as long as reading 30,000 rows. So `launch` starts the process first (with torchrun one for
 each GPU), and it waits until recipe.yaml lies in a folder that both know.
-
-    python -m fastmtp.swift_process FOLDER
 """
 
 from __future__ import annotations
