@@ -19,6 +19,7 @@ from pathlib import Path
 from fastmtp import files
 from fastmtp.data.start_up import StartUp
 from fastmtp.data.training_run import RECORD
+from fastmtp.leftovers import is_running
 
 RECIPE = "recipe.yaml"
 TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -58,9 +59,18 @@ def stop(process: subprocess.Popen, begun: bool) -> None:
             process.wait(seconds)
 
 
+def wait(folder: Path) -> None:
+    """Return once the recipe lies in `folder`. SystemExit if nobody is left to write it."""
+    parent = os.getppid()
+    while not (folder / RECIPE).exists():
+        # fastmtp.train was killed, or with torchrun between the two, torchrun after a refusal
+        if os.getppid() != parent or not is_running(int(os.environ["FASTMTP_PARENT"])):
+            raise SystemExit(1)
+        time.sleep(0.05)
+
+
 def main(folder: Path) -> None:
     """Import what a training needs, wait for the recipe, and be `swift sft` with it."""
-    parent = os.getppid()
     logging.disable(logging.INFO)  # ms-swift logs a line when it is imported: not yet
     from swift.cli.main import parse_yaml_args
     from swift.cli.utils import try_use_single_device_mode
@@ -68,10 +78,7 @@ def main(folder: Path) -> None:
     from swift.ray_utils import try_init_ray
 
     logging.disable(logging.NOTSET)
-    while not (folder / RECIPE).exists():
-        if os.getppid() != parent:  # it was refused, or killed
-            raise SystemExit(1)
-        time.sleep(0.05)
+    wait(folder)
     start_up = StartUp.read(folder)
     start_up.lap("imports")
     start_up.hand_on()

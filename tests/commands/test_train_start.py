@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from fastmtp.data.start_up import VARIABLE, StartUp
-from fastmtp.swift_process import RECIPE, launch, stop
+from fastmtp.swift_process import RECIPE, launch, stop, wait
 
 
 @pytest.fixture
@@ -56,6 +56,17 @@ def test_a_process_that_waits_is_gone_when_the_rows_are_refused(recipe, tmp_path
     with launch(recipe, tmp_path) as process:
         assert process.poll() is None
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_process_that_waits_ends_with_its_command(tmp_path, monkeypatch):
+    """Also below torchrun, which outlives the command: its parent then stays the same."""
+    monkeypatch.setattr("fastmtp.swift_process.is_running", lambda process: process != 5)
+    monkeypatch.setenv("FASTMTP_PARENT", "5")
+    with pytest.raises(SystemExit):
+        wait(tmp_path)
+    monkeypatch.setenv("FASTMTP_PARENT", "6")
+    (tmp_path / RECIPE).write_text("")
+    wait(tmp_path)
 
 
 def test_a_process_that_trains_may_end_by_itself(recipe, tmp_path):
