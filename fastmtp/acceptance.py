@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from fastmtp.trees.tree import StaticTree
 from fastmtp.trees.tree_file import check_fits, parse, parse_fit, save
 from fastmtp.vocab.draft_vocab import AUTO, UNION, DraftVocab, load_map, parse_maps, union
 from fastmtp.vocab.draft_vocab import read as read_vocab
+from fastmtp.vocab.token_map import short_names
 
 
 def parser() -> Parser:
@@ -92,12 +92,10 @@ def parser() -> Parser:
 
 def read_maps(args, tokenizer, vocab_size: int) -> tuple[dict[str, Tensor], DraftVocab | None]:
     """The maps of --token-map by name, and those of --token-maps with their union. Raises InputError."""
-    maps: dict[str, Tensor] = {}
-    for path in args.token_map:
-        name = Path(path).stem
-        if name in maps or name in (FULL, AUTO, UNION):
-            raise InputError(f"--token-map {path}: the name '{name}' is taken; rename or copy the file")
-        maps[name] = load_map(path, tokenizer, vocab_size)
+    names = short_names(args.token_map, (FULL, AUTO, UNION))
+    maps = {
+        name: load_map(path, tokenizer, vocab_size) for name, path in zip(names, args.token_map, strict=True)
+    }
     if not args.token_maps:
         return maps, None
     vocab = read_vocab(args.token_maps, AUTO, tokenizer, vocab_size)

@@ -30,6 +30,7 @@ from fastmtp.reference.teacher_forced import FULL
 from fastmtp.show import markdown
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.vocab.draft_vocab import load_map
+from fastmtp.vocab.token_map import short_names
 
 SHOWN = 5
 FEWEST = 4  # answers: two to fit on and two to judge on
@@ -68,14 +69,9 @@ def parser() -> Parser:
 
 def read_maps(paths: Sequence[str], tokenizer, vocab_size: int) -> dict[str, Tensor | None]:
     """Draft vocabularies by name; the whole one is None. Raises InputError."""
-    maps: dict[str, Tensor | None] = {FULL: None}
-    for path in paths:
-        if Path(path).stem in maps:
-            raise InputError(
-                f"--token-map {path}: the name '{Path(path).stem}' is taken; rename or copy the file"
-            )
-        maps[Path(path).stem] = load_map(path, tokenizer, vocab_size)
-    return maps
+    names = short_names(paths, (FULL,))
+    maps = {name: load_map(path, tokenizer, vocab_size) for name, path in zip(names, paths, strict=True)}
+    return {FULL: None} | maps
 
 
 def row(choice: Choice, judged: Judged, plain_ms: float, shape: dict, token_map: str | None) -> dict:
@@ -149,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write(args, costs: CostTable, shape: dict, choices: list[Choice], judged: dict) -> None:
     """Order the choices, print the best and write the plan."""
-    paths = {Path(path).stem: path for path in args.token_map}
+    paths = dict(zip(short_names(args.token_map), args.token_map, strict=True))
     plain_ms = costs.plain(args.streams)[1]
 
     def of(choice: Choice) -> Judged:

@@ -9,6 +9,7 @@ they load here as well. Ids are rows of the model's output matrix, so a map belo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,22 @@ def size_name(size: int) -> str:
 def map_name(lang: str, size: int) -> str:
     """('en', 32768) -> 'en_32k'."""
     return f"{lang}_{size_name(size)}"
+
+
+def short_names(paths: Sequence[str], reserved: Sequence[str] = ()) -> list[str]:
+    """What tables call the map files at `paths`: 'en_32k', or 'mine/en_32k' with its folder if two share it.
+
+    InputError for a name in `reserved`, and for two maps that cannot be told apart.
+    """
+    stems = [Path(path).stem for path in paths]
+    names = [
+        stem if stems.count(stem) == 1 else f"{Path(path).absolute().parent.name}/{stem}"
+        for path, stem in zip(paths, stems, strict=True)
+    ]
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        if name in (*names[:number], *reserved):
+            raise InputError(f"--token-map {path}: the name '{name}' is taken; rename or copy the file")
+    return names
 
 
 def load_token_map(path: str | Path, vocab_size: int) -> torch.LongTensor:

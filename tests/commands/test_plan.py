@@ -187,7 +187,7 @@ def test_what_cannot_be_planned(place, tmp_path):
     for more, message in (
         (["--streams", "100"], "--streams 100: the table of costs"),
         (["--limit", "3"], "3 answers; a plan needs at least 4"),
-        (["--token-map", str(place / "small.pt")], "the name 'small' is taken"),
+        (["--token-map", str(place / "small.pt")], "small' is taken"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             plan.main(arguments(place, *more, out="none.json"))

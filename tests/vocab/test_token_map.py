@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmtp.cli import InputError
-from fastmtp.vocab.token_map import describe, load_token_map, map_name, parse_size, save_token_map
+from fastmtp.vocab.token_map import (
+    describe,
+    load_token_map,
+    map_name,
+    parse_size,
+    save_token_map,
+    short_names,
+)
 
 
 def saved(folder, value):
@@ -151,3 +158,15 @@ def test_a_map_with_its_description_and_one_without(tmp_path):
     (tmp_path / "ids.json").write_text("[1, 2]")
     with pytest.raises(InputError, match="ids.json: not a token map"):
         load_token_map(tmp_path / "ids.json", 10)
+
+
+def test_maps_of_one_name_are_told_apart_by_their_folders():
+    assert short_names(["a/union_32k.pt", "b/en_8k.pt"]) == ["union_32k", "en_8k"]
+    assert short_names(["mine/union_32k.pt", "vocab/qwen2/union_32k.pt", "c/en_8k.pt"]) == [
+        "mine/union_32k",
+        "qwen2/union_32k",
+        "en_8k",
+    ]
+    for paths in (["a/m.pt", "a/m.pt"], ["x/full.pt"]):
+        with pytest.raises(InputError, match="is taken; rename or copy"):
+            short_names(paths, ("full",))
