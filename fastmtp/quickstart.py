@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+import fastmtp
 from fastmtp import files
 from fastmtp.checkpoint import HEADS
 from fastmtp.cli import Parser, run
@@ -68,7 +70,7 @@ class Sizes:
     prompts: int = 160
     answer_tokens: int = 96
     train: str = ""
-    heldout: int = 16
+    heldout: int = 12
     heldout_tokens: int = 48
     timed: int = 12
 
@@ -211,6 +213,7 @@ def execute(stage: Stage) -> None:
     print(f"\n[{stage.name}] {stage.command}", flush=True)
     module = stage.module.removeprefix("fastmtp.")
     before, sys.argv = sys.argv, [str(Path(__file__).with_name(f"{module}.py")), *stage.arguments]
+    fastmtp.BEGAN = time.time()
     try:
         importlib.import_module(stage.module).main(stage.arguments)
     finally:

@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from fastmtp import BEGAN, files
+import fastmtp
+from fastmtp import files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data import encoded_rows, training_run
@@ -307,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
         return
     check(recipe, swift_keys(), args.recipe)
-    train(recipe, args.overwrite == "true", args.max_dropped, StartUp(BEGAN))
+    train(recipe, args.overwrite == "true", args.max_dropped, StartUp(fastmtp.BEGAN))
 
 
 if __name__ == "__main__":

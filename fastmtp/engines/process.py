@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from fastmtp.cli import InputError
 from fastmtp.engines.address import ANY, HOST, base_url, check_port
 
 LOG_LINES = 25
+PORTS = range(20000, 30000)  # below those that the system gives to clients, which could take one meanwhile
 
 
 class ServerError(Exception):
@@ -63,7 +66,7 @@ class Server:
 
     def start(self) -> None:
         """Start and do not wait. Raises InputError if the port is taken."""
-        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), timeout=5):
+        if listens(self.host, self.port):
             raise InputError(f"port {self.port} is taken; stop what listens there or choose another --port")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # A command that is asked to end unwinds as if by Ctrl-C, and so ends its servers.
@@ -96,7 +99,7 @@ class Server:
         while True:
             if self.process.poll() is not None:
                 raise ServerError(f"the server ended with exit code {self.process.returncode}{self.tail()}")
-            if answers(self.url + "/health"):
+            if listens(self.host, self.port) and answers(self.url + "/health"):
                 return
             if time.monotonic() - started > self.wait:
                 raise ServerError(f"the server does not answer after {self.wait:g} s{self.tail()}")
@@ -183,6 +186,23 @@ def _private(path: str, flags: int) -> int:
     return handle
 
 
+def listens(host: str, port: int) -> bool:
+    """Whether somebody listens on the port.
+
+    A client that asks again and again is once given the very port that it asks for, and is connected to
+    itself. The server could not take that port for a minute then. So our own end is chosen first.
+    """
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.settimeout(5)
+                probe.bind(("", 0))
+                if probe.getsockname()[1] != port:
+                    probe.connect(address)
+                    return True
+    return False
+
+
 def answers(url: str) -> bool:
     """Whether `url` gives HTTP 200 within five seconds."""
     try:
@@ -190,14 +210,21 @@ def answers(url: str) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=5) as reply:
             return reply.status == 200
-    except (urllib.error.URLError, OSError, ValueError):
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
         return False
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
+    """Ports that nobody listens on, all different. InputError if there are not so many."""
     with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
+        free: list[int] = []
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):  # whatever the seed
+            if len(free) == count:
+                return free
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, port))
+                free.append(port)
+    raise InputError(
+        f"{count} free ports are needed between {PORTS[0]} and {PORTS[-1]}; {len(free)} are free"
+    )

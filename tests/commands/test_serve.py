@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +85,41 @@ def test_a_server_that_never_answers_is_ended(tmp_path):
         code = "import time; print('loading', flush=True); time.sleep(60)"
         with process.Server([sys.executable, "-c", code], free_port(), tmp_path / "log", wait=0.6):
             pass
+
+
+def test_asking_a_free_port_is_never_answered_by_oneself(monkeypatch):
+    """The system may give a client the port that it asks for: TCP then connects it to itself."""
+    port = free_port()
+    with socket.socket() as alone:
+        alone.bind(("127.0.0.1", port))
+        alone.connect(("127.0.0.1", port))  # nobody listens, and yet
+        alone.sendall(b"GET /health")
+        assert alone.recv(20) == b"GET /health"
+    port, bind = free_port(), socket.socket.bind
+    assert not process.listens("127.0.0.1", port)
+    monkeypatch.setattr(socket.socket, "bind", lambda probe, _: bind(probe, ("127.0.0.1", port)))
+    assert not process.listens("127.0.0.1", port)
+
+
+def test_what_does_not_speak_http_is_no_answer():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def echo() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(connection.recv(1000))
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        assert not process.answers(f"http://127.0.0.1:{port}/health")
+        thread.join()
+
+
+def test_free_ports_are_none_that_a_client_is_given():
+    ports = process.free_ports(40)
+    assert len({*ports}) == 40 and max(ports) < 32768
+    assert not any(process.listens("127.0.0.1", port) for port in ports)
 
 
 def test_a_taken_port_is_said_before_anything_starts(tmp_path):
