@@ -67,15 +67,14 @@ class Sizes:
     """How much of everything: the full run, or the smoke run."""
 
     name: str = "quickstart"
-    prompts: int = 160
+    prompts: int = 128
     answer_tokens: int = 96
     train: str = ""
-    heldout: int = 12
+    heldout: int = 8
     heldout_tokens: int = 48
-    timed: int = 12
 
 
-SMOKE = Sizes("quickstart-smoke", 24, 24, "--max_steps 4 --logging_steps 1", 4, 16, 4)
+SMOKE = Sizes("quickstart-smoke", 24, 24, "--max_steps 4 --logging_steps 1", 4, 16)
 
 
 def stages(s: Sizes) -> list[Stage]:
@@ -100,7 +99,7 @@ def training(s: Sizes) -> list[Stage]:
         Stage(
             "distil",
             "fastmtp.distill",
-            f"--model {BASE} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 80"
+            f"--model {BASE} --prompts {PROMPTS} --split train --limit {s.prompts} --batch-size 64"
             f" --max-new-tokens {s.answer_tokens} --out {distilled}",
             distilled,
             (BASE, PROMPTS),
@@ -160,9 +159,9 @@ def measuring(s: Sizes) -> list[Stage]:
     decoding = []
     for name in DECODED:
         dtype, head = name.removeprefix("shipped-"), (SHIPPED,) if name.startswith("shipped-") else ()
-        made, limit = f"{out}/{name}.jsonl", s.heldout if dtype == "float32" else s.timed
+        made = f"{out}/{name}.jsonl"
         flag = "".join(f" --head {shipped}" for shipped in head)
-        words = f"{decode}{flag} --limit {limit} --dtype {dtype} --out {made}"
+        words = f"{decode}{flag} --limit {s.heldout} --dtype {dtype} --out {made}"
         reads = (tuned, PROMPTS, token_map, *head)
         decoding.append(Stage(f"decode {name}", "fastmtp.decoding", words, made, reads))
     decoded = tuple(stage.makes for stage in decoding)
