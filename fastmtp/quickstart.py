@@ -212,7 +212,7 @@ def execute(stage: Stage) -> None:
     print(f"\n[{stage.name}] {stage.command}", flush=True)
     module = stage.module.removeprefix("fastmtp.")
     before, sys.argv = sys.argv, [str(Path(__file__).with_name(f"{module}.py")), *stage.arguments]
-    fastmtp.BEGAN = time.time()
+    fastmtp.BEGAN = time.time()  # the stage's start, as in a process of its own
     try:
         importlib.import_module(stage.module).main(stage.arguments)
     finally:

@@ -220,8 +220,7 @@ def run_swift(
     }
     added = [name for name, needed in needs.items() if needed]
     recipe = {**recipe, "resume_from_checkpoint": str(start.checkpoint) if start.checkpoint else None}
-    if added:
-        recipe["callbacks"] = [*names(recipe, "callbacks"), *added]
+    recipe["callbacks"] = [*names(recipe, "callbacks"), *added]
     if "mtp_tau" in added and recipe.get("save_total_limit") == 1:
         recipe["save_total_limit"] = 2  # the best and the last: of one, transformers keeps the best alone
     for key, rows in sets.items():

@@ -93,6 +93,13 @@ def parser() -> Parser:
     p.add_argument(
         "--repeat-baseline", action="store_true", help="plain decoding once more at the end: drift"
     )
+    add_asking(p)
+    p.add_argument("--out", required=True, metavar="FOLDER")
+    return p
+
+
+def add_asking(p: Parser) -> None:
+    """How the servers are started and asked."""
     p.add_argument(
         "--at-once", type=int, default=1, help="servers started side by side (default %(default)s)"
     )
@@ -105,8 +112,6 @@ def parser() -> Parser:
     p.add_argument("--port", type=int, default=30000)
     p.add_argument("--timeout", type=float, default=300.0, help="seconds one request may take")
     p.add_argument("--wait", type=float, default=900.0, help="seconds a server may take to start")
-    p.add_argument("--out", required=True, metavar="FOLDER")
-    return p
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -219,12 +219,12 @@ def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as held:
         free: list[int] = []
         for port in random.SystemRandom().sample(PORTS, len(PORTS)):  # whatever the seed
-            if len(free) == count:
-                return free
             probe = held.enter_context(socket.socket())
             with contextlib.suppress(OSError):
                 probe.bind((HOST, port))
                 free.append(port)
+            if len(free) == count:
+                return free
     raise InputError(
         f"{count} free ports are needed between {PORTS[0]} and {PORTS[-1]}; {len(free)} are free"
     )
