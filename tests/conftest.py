@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub; without a 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers import hubs  # noqa: E402
+from helpers.small_vocab import small_tokenizer  # noqa: E402
 from helpers.tiny import Useful, chatml_tokenizer, save_folder, useful_model  # noqa: E402
 
 torch.set_num_threads(1)  # tensors of a few hundred numbers: a second thread makes them thirty times slower
@@ -26,6 +27,12 @@ def tokenizer():
 def base_folder(tmp_path_factory) -> Path:
     """A tiny model in MiMo layout, one weight file. Do not write into it."""
     return save_folder(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def vocab_folder(tmp_path_factory) -> str:
+    """A folder with the small tokenizer of the vocabulary builder. Do not write into it."""
+    return small_tokenizer(tmp_path_factory.mktemp("vocab"))
 
 
 @pytest.fixture(scope="session")

@@ -1,180 +1,29 @@
-"""The builder against counts made by hand, on a small byte-level BPE tokenizer trained here."""
+"""The map builder: which ids are picked, what the command writes, how a stopped count goes on."""
 
 import json
 import os
-from collections import Counter as Tally
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.small_vocab import CHINESE, ENGLISH, command, leftovers, run, small_tokenizer, write
+from helpers.small_vocab import CHINESE, ENGLISH, command, count, leftovers, run, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastmtp.build_vocab import forced_ids, pick, rank, union_rank
-from fastmtp.chat import IGNORE, encode_chat
 from fastmtp.cli import InputError
 from fastmtp.vocab import corpus, token_counts
 from fastmtp.vocab.coverage import coverage
-from fastmtp.vocab.token_counts import COUNTED, HELD_OUT, Counter, Counts
+from fastmtp.vocab.token_counts import HELD_OUT, Counts
 from fastmtp.vocab.token_map import load_token_map
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> str:
-    return small_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def tokenizer(folder):
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def count(
-    tokenizer, paths: list[str], column=None, lang="en", held_out=0.0, seed=0, skip_bad=False
-) -> Counts:
-    counter = Counter(tokenizer, column, lang, held_out, seed, skip_bad)
-    counts = Counts(counter.size)
-    counter.count(corpus.file_chunks(corpus.expand(paths), column), counts)
-    return counts
-
-
-def tally(counts: Counts, lang: str = "en") -> dict[int, int]:
-    table = counts.tables[lang].sum(0)
-    return {int(i): int(table[i]) for i in np.flatnonzero(table)}
-
-
-# Counting
-
-
-def test_exact_counts_of_a_hand_made_corpus(tokenizer, tmp_path):
-    a, b, end = (tokenizer(t)["input_ids"] for t in ("a", "b", "<|im_end|>"))
-    assert len(a) == len(b) == len(end) == 1
-    path = write(tmp_path / "x.jsonl", [{"response": "a"}, {"response": "b"}, {"response": "a"}])
-    assert tally(count(tokenizer, [path], "response")) == {a[0]: 2, b[0]: 1, end[0]: 3}
-    path = write(tmp_path / "y.jsonl", [{"text": "a"}, {"text": "b"}])  # running text: no end token
-    assert tally(count(tokenizer, [path])) == {a[0]: 1, b[0]: 1}
-
-
-def test_chats_count_the_tokens_that_training_learns(tokenizer, tmp_path):
-    chat = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": ENGLISH[0]},
-        {"role": "assistant", "content": ENGLISH[1]},
-        {"role": "user", "content": CHINESE[0]},
-        {"role": "assistant", "content": {"token_ids": [5, 6, 2]}},
-    ]
-    _, labels = encode_chat(tokenizer, chat)
-    path = write(tmp_path / "x.jsonl", [{"messages": chat}])
-    assert tally(count(tokenizer, [path])) == dict(Tally(i for i in labels if i != IGNORE))
-
-
-def test_distilled_ids_are_used_as_they_are(tokenizer, tmp_path):
-    rows = [
-        {
-            "prompt_ids": [9, 9],
-            "output_ids": [40, 41, 40, 2],
-            "messages": [{"role": "user", "content": "hello"}],
-        }
-    ]
-    assert tally(count(tokenizer, [write(tmp_path / "a.jsonl", rows)])) == {40: 2, 41: 1, 2: 1}
-    # A given answer in the history is not the model's; its own turns carry their ids, the last one's are
-    # output_ids.
-    turns = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "given"},
-        {"role": "user", "content": "q"},
-    ]
-    last = {"role": "assistant", "content": tokenizer.decode([40, 41, 2], skip_special_tokens=True)}
-    rows = [{"prompt_ids": [9], "output_ids": [40, 41, 2], "messages": [*turns, last]}]
-    assert tally(count(tokenizer, [write(tmp_path / "b.jsonl", rows)])) == {40: 1, 41: 1, 2: 1}
-    both = [turns[0], {"role": "assistant", "content": tokenizer.decode([50]), "token_ids": [50]}, turns[2]]
-    rows = [
-        {
-            "prompt_ids": [9],
-            "output_ids": [40, 41, 2],
-            "messages": [*both, {**last, "token_ids": [40, 41, 2]}],
-        }
-    ]
-    assert tally(count(tokenizer, [write(tmp_path / "c.jsonl", rows)])) == {50: 1, 40: 1, 41: 1, 2: 1}
-
-
-def test_every_kind_of_file_gives_the_same_counts(tokenizer, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"text": t} for t in ENGLISH + CHINESE]
-    expected = tally(count(tokenizer, [write(tmp_path / "x.jsonl", rows)]))
-    assert tally(count(tokenizer, [write(tmp_path / "x.jsonl.gz", rows)])) == expected
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    assert tally(count(tokenizer, [str(tmp_path / "x.parquet")])) == expected
-    assert expected == dict(Tally(i for row in rows for i in tokenizer(row["text"])["input_ids"]))
-
-
-def test_parquet_chats(tokenizer, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": t}]} for t in ENGLISH
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    path = write(tmp_path / "x.jsonl", rows)
-    assert tally(count(tokenizer, [str(tmp_path / "x.parquet")])) == tally(count(tokenizer, [path]))
-
-
-def test_txt_paragraphs_keep_their_newlines(tokenizer, tmp_path):
-    text = "One line.\nAnd one more.\n\n\nA paragraph.\n\nThe last"
-    (tmp_path / "x.txt").write_text(text)
-    chunk = next(corpus.file_chunks([tmp_path / "x.txt"], None))
-    assert [row.content for row in chunk.rows] == [
-        "One line.\nAnd one more.\n\n\n",
-        "A paragraph.\n\n",
-        "The last",
-    ]
-    assert [row.where.rsplit(":", 1)[1] for row in chunk.rows] == ["1", "5", "7"]
-    assert tally(count(tokenizer, [str(tmp_path / "x.txt")])) == dict(Tally(tokenizer(text)["input_ids"]))
-
-
-def test_a_data_set_is_streamed_from_a_local_folder(tokenizer, tmp_path):
-    rows = [{"instruction": "q", "response": t} for t in ENGLISH]
-    (tmp_path / "set").mkdir()
-    path = write(tmp_path / "set" / "train.jsonl", rows)
-    counter = Counter(tokenizer, "response", "en", 0.0, 0, False)
-    counts = Counts(counter.size)
-    counter.count(corpus.dataset_chunks(str(tmp_path / "set"), "train", "response"), counts)
-    assert counts.rows == 3 and tally(counts) == tally(count(tokenizer, [path], "response"))
-    with pytest.raises(InputError, match="--split"):
-        next(corpus.dataset_chunks(str(tmp_path / "set"), "nosuch", None))
-    with pytest.raises(InputError, match="--dataset"):
-        next(corpus.dataset_chunks(str(tmp_path / "nosuch"), "train", None))
-
-
-def test_languages_have_their_own_tables(tokenizer, tmp_path):
-    path = write(tmp_path / "x.jsonl", [{"text": t} for t in ENGLISH + CHINESE])
-    english = write(tmp_path / "en.jsonl", [{"text": t} for t in ENGLISH])
-    counts = count(tokenizer, [path], lang=None)
-    assert set(counts.tables) == {"en", "zh"}
-    assert tally(counts) == tally(count(tokenizer, [english]))
-    ids = [{"output_ids": tokenizer(CHINESE[0])["input_ids"]}]  # no text beside the ids: they are decoded
-    assert set(count(tokenizer, [write(tmp_path / "ids.jsonl", ids)], lang=None).tables) == {"zh"}
-
-
-def test_held_out_rows_are_counted_apart_and_copies_stay_together(tokenizer, tmp_path):
-    rows = [{"text": f"sentence number {i}"} for i in range(400)]
-    once = count(tokenizer, [write(tmp_path / "x.jsonl", rows)], held_out=0.25).tables["en"]
-    twice = count(tokenizer, [write(tmp_path / "y.jsonl", rows + rows[::-1])], held_out=0.25).tables["en"]
-    whole = count(tokenizer, [str(tmp_path / "x.jsonl")]).tables["en"]
-    assert (2 * once == twice).all() and (once.sum(0) == whole[COUNTED]).all() and not whole[HELD_OUT].any()
-    assert 0.15 < once[HELD_OUT].sum() / once.sum() < 0.35
-    other = count(tokenizer, [str(tmp_path / "x.jsonl")], held_out=0.25, seed=1).tables["en"]
-    assert (other != once).any()
-
-
-# Maps
+@pytest.fixture(scope="module")
+def tokenizer(vocab_folder):
+    return PreTrainedTokenizerFast.from_pretrained(vocab_folder)
 
 
 def test_rank_breaks_ties_by_id():
@@ -220,14 +69,11 @@ def test_any_corpus_gives_exact_sizes_no_duplicates_and_the_best_counted_coverag
     assert len(ids) == size and np.isin(forced, ids).all()
 
 
-def test_forced_ids(tokenizer, folder):
-    forced = forced_ids(tokenizer, folder).tolist()
+def test_forced_ids(tokenizer, vocab_folder):
+    forced = forced_ids(tokenizer, vocab_folder).tolist()
     vocab = tokenizer.get_vocab()
     special = {vocab[t] for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")}
     assert special | {300} | {vocab[c] for c in pre_tokenizers.ByteLevel.alphabet()} == set(forced)
-
-
-# The command
 
 
 @pytest.fixture
@@ -236,7 +82,7 @@ def mixed(tmp_path) -> str:
     return write(tmp_path / "pairs.jsonl.gz", rows)
 
 
-def test_command_end_to_end(folder, tokenizer, mixed, tmp_path, capsys):
+def test_command_end_to_end(vocab_folder, tokenizer, mixed, tmp_path, capsys):
     torch.save([3, 2, 2, 300], tmp_path / "theirs.pt")
     options = (
         "--column",
@@ -248,9 +94,9 @@ def test_command_end_to_end(folder, tokenizer, mixed, tmp_path, capsys):
         "--compare",
         tmp_path / "theirs.pt",
     )
-    run(folder, "--input", mixed, *options, out=tmp_path / "o")
+    run(vocab_folder, "--input", mixed, *options, out=tmp_path / "o")
     printed = capsys.readouterr().out
-    forced = set(forced_ids(tokenizer, folder).tolist())
+    forced = set(forced_ids(tokenizer, vocab_folder).tolist())
     for lang in ("en", "zh", "union"):
         for size in (300, 350):
             # As SGLang reads it.
@@ -272,38 +118,38 @@ def test_command_end_to_end(folder, tokenizer, mixed, tmp_path, capsys):
     assert not [name for name in leftovers(tmp_path / "o") if name.startswith(".")]
 
 
-def test_coverage_is_measured_on_text_that_was_not_counted(folder, tokenizer, tmp_path):
+def test_coverage_is_measured_on_text_that_was_not_counted(vocab_folder, tokenizer, tmp_path):
     """Every row has a token of its own kind, so counted text would show full coverage, held-out text must
     not.
     """
     rare = [tokenizer.decode([i]) for i in range(300, 380)]
     path = write(tmp_path / "x.jsonl", [{"text": t} for t in rare])
-    run(folder, "--input", path, "--lang", "en", "--held-out", "0.3", out=tmp_path / "o", sizes="330")
+    run(vocab_folder, "--input", path, "--lang", "en", "--held-out", "0.3", out=tmp_path / "o", sizes="330")
     counts = count(tokenizer, [path], held_out=0.3)
     ids = load_token_map(tmp_path / "o" / "en_330.pt", 1000).numpy()
     share = json.loads((tmp_path / "o" / "en_330.json").read_text())["coverage_of_held_out"]["en"]
     assert share == pytest.approx(coverage(ids, counts.tables["en"][HELD_OUT])) and share < 1
 
 
-def test_auto_leaves_out_what_is_hardly_there(folder, tmp_path, capsys):
+def test_auto_leaves_out_what_is_hardly_there(vocab_folder, tmp_path, capsys):
     rows = [{"text": t} for t in ENGLISH * 60 + CHINESE * 60] + [{"text": "Привет"}]
-    run(folder, "--input", write(tmp_path / "x.jsonl", rows), out=tmp_path / "o", sizes="300")
+    run(vocab_folder, "--input", write(tmp_path / "x.jsonl", rows), out=tmp_path / "o", sizes="300")
     names = {p.stem for p in (tmp_path / "o").glob("*.pt")}
     assert names == {"en_300", "zh_300", "union_300"} and "ru" in capsys.readouterr().out
 
 
-def test_filled_ids_are_told(folder, tmp_path):
+def test_filled_ids_are_told(vocab_folder, tmp_path):
     path = write(tmp_path / "x.jsonl", [{"text": "a"}])
-    run(folder, "--input", path, "--lang", "en", "--held-out", "0", out=tmp_path / "o", sizes="300")
+    run(vocab_folder, "--input", path, "--lang", "en", "--held-out", "0", out=tmp_path / "o", sizes="300")
     info = json.loads((tmp_path / "o" / "en_300.json").read_text())
     assert info["ids_not_in_corpus"] == 300 - info["ids_forced"] and info["coverage_of_held_out"] == {
         "en": None
     }
 
 
-def test_one_and_two_workers_give_the_same_files(folder, mixed, tmp_path):
+def test_one_and_two_workers_give_the_same_files(vocab_folder, mixed, tmp_path):
     options = ("--input", mixed, "--column", "response", "--lang", "auto")
-    both = [command(folder, *options, "--workers", n, out=tmp_path / str(n)) for n in (1, 2)]
+    both = [command(vocab_folder, *options, "--workers", n, out=tmp_path / str(n)) for n in (1, 2)]
     for process in both:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -313,7 +159,7 @@ def test_one_and_two_workers_give_the_same_files(folder, mixed, tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def interrupt(folder: str, monkeypatch, *options, out: Path) -> None:
+def interrupt(vocab_folder: str, monkeypatch, *options, out: Path) -> None:
     """Run the command, stopped by a keyboard interrupt at its sixth chunk."""
     monkeypatch.setattr(corpus, "CHUNK", 1000)
     monkeypatch.setattr(token_counts, "SAVE_EVERY", 0.0)
@@ -328,24 +174,24 @@ def interrupt(folder: str, monkeypatch, *options, out: Path) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Counts, "add", stop_at_sixth)
         with pytest.raises(SystemExit) as stopped:
-            run(folder, *options, out=out)
+            run(vocab_folder, *options, out=out)
     assert stopped.value.code == 1 and len({*leftovers(out)} - {"run.json"}) == 1
 
 
-def test_a_worker_s_complaint_arrives_whole(folder, tmp_path, monkeypatch):
+def test_a_worker_s_complaint_arrives_whole(vocab_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK", 100)
     path = write(tmp_path / "x.jsonl", [{"text": t} for t in ENGLISH * 20] + ["{broken"])
     with pytest.raises(InputError, match=r"x\.jsonl:61: not JSON .*--on-error skip"):
-        run(folder, "--input", path, "--workers", "2", out=tmp_path / "o")
+        run(vocab_folder, "--input", path, "--workers", "2", out=tmp_path / "o")
     assert not leftovers(tmp_path / "o")
 
 
-def test_resume_gives_what_an_uninterrupted_count_gives(folder, mixed, tmp_path, monkeypatch, capsys):
+def test_resume_gives_what_an_uninterrupted_count_gives(vocab_folder, mixed, tmp_path, monkeypatch, capsys):
     options = ("--input", mixed, "--column", "response", "--lang", "en,zh")
-    run(folder, *options, out=tmp_path / "whole")
-    interrupt(folder, monkeypatch, *options, out=tmp_path / "o")
+    run(vocab_folder, *options, out=tmp_path / "whole")
+    interrupt(vocab_folder, monkeypatch, *options, out=tmp_path / "o")
     assert "--resume" in capsys.readouterr().err
-    run(folder, *options, "--resume", out=tmp_path / "o")
+    run(vocab_folder, *options, "--resume", out=tmp_path / "o")
     assert "continuing after" in capsys.readouterr().err
     for path in (tmp_path / "whole").glob("*.pt"):
         assert path.read_bytes() == (tmp_path / "o" / path.name).read_bytes()
@@ -354,28 +200,28 @@ def test_resume_gives_what_an_uninterrupted_count_gives(folder, mixed, tmp_path,
 
 @pytest.mark.parametrize("change", [("--resume", "--seed", "1"), ()])
 def test_a_count_is_continued_only_when_asked_and_by_the_same_rules(
-    folder, mixed, tmp_path, monkeypatch, capsys, change
+    vocab_folder, mixed, tmp_path, monkeypatch, capsys, change
 ):
     options = ("--input", mixed, "--column", "response", "--lang", "en")
-    interrupt(folder, monkeypatch, *options, out=tmp_path / "o")
-    run(folder, *options, *change, out=tmp_path / "o")
+    interrupt(vocab_folder, monkeypatch, *options, out=tmp_path / "o")
+    run(vocab_folder, *options, *change, out=tmp_path / "o")
     assert "continuing" not in capsys.readouterr().err
-    run(folder, *options, *change, out=tmp_path / "whole")
+    run(vocab_folder, *options, *change, out=tmp_path / "whole")
     assert (tmp_path / "whole" / "en_300.pt").read_bytes() == (tmp_path / "o" / "en_300.pt").read_bytes()
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_count_is_continued_by_what_the_corpus_holds_not_by_its_times(
-    folder, tmp_path, monkeypatch, capsys, same
+    vocab_folder, tmp_path, monkeypatch, capsys, same
 ):
     path = write(tmp_path / "x.jsonl", [{"text": f"{text} {i}"} for i in range(40) for text in ENGLISH])
     options = ("--input", path, "--lang", "en")
-    interrupt(folder, monkeypatch, *options, out=tmp_path / "o")
+    interrupt(vocab_folder, monkeypatch, *options, out=tmp_path / "o")
     stat = os.stat(path)
     if not same:  # as long as before, and with the same times
         Path(path).write_text(Path(path).read_text().replace("1", "2"))
     os.utime(path, (0, 0) if same else (stat.st_atime, stat.st_mtime))
-    run(folder, *options, "--resume", out=tmp_path / "o")
+    run(vocab_folder, *options, "--resume", out=tmp_path / "o")
     assert ("continuing after" in capsys.readouterr().err) == same
 
 
@@ -387,24 +233,16 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_scripts_that_are_not_known_are_left_out_and_counted(folder, tokenizer, tmp_path, capsys, name):
+def test_scripts_that_are_not_known_are_left_out_and_counted(vocab_folder, tokenizer, tmp_path, capsys, name):
     known = [{"text": text} for text in ENGLISH]
     path = write(tmp_path / "x.jsonl", known + [{"text": UNKNOWN[name]}] * 5)
-    run(folder, "--input", path, "--held-out", "0", out=tmp_path / "o")
+    run(vocab_folder, "--input", path, "--held-out", "0", out=tmp_path / "o")
     tokens = 5 * len(tokenizer(UNKNOWN[name])["input_ids"])
     said = capsys.readouterr().out
     assert f"left out, no map made: other {tokens} tokens in scripts that we cannot tell apart" in said
-    run(folder, "--input", write(tmp_path / "y.jsonl", known), "--held-out", "0", out=tmp_path / "p")
+    run(vocab_folder, "--input", write(tmp_path / "y.jsonl", known), "--held-out", "0", out=tmp_path / "p")
     assert (tmp_path / "o" / "en_300.pt").read_bytes() == (tmp_path / "p" / "en_300.pt").read_bytes()
     assert not [*(tmp_path / "o").glob("other*")] and not [*(tmp_path / "o").glob("union*")]
     with pytest.raises(InputError, match=r"all text to count .* --lang NAME"):
         only = write(tmp_path / "z.jsonl", [{"text": UNKNOWN[name]}])
-        run(folder, "--input", only, "--held-out", "0", out=tmp_path / "q")
-
-
-def test_long_texts_are_tokenised_in_pieces_and_counted_whole(tokenizer, tmp_path, monkeypatch):
-    path = write(tmp_path / "x.jsonl", [{"text": " ".join(ENGLISH * 5)}, {"text": "a" * 500}])
-    whole = tally(count(tokenizer, [path]))
-    monkeypatch.setattr(token_counts, "PIECE", 64)
-    assert "".join(token_counts.pieces("ab cd" * 50)) == "ab cd" * 50
-    assert tally(count(tokenizer, [path])) == whole
+        run(vocab_folder, "--input", only, "--held-out", "0", out=tmp_path / "q")

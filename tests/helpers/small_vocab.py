@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastmtp.build_vocab import main
+from fastmtp.vocab import corpus
+from fastmtp.vocab.token_counts import Counter, Counts
 
 ENGLISH = [
     "The cat sat on the mat.",
@@ -50,12 +53,32 @@ def small_tokenizer(path: Path) -> str:
 
 
 def write(path: Path, rows: list) -> str:
+    """Rows as JSON lines, gzipped or as Parquet by the path's ending; a text is a line as it is."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return str(path)
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8") as out:
         out.writelines(
             (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows
         )
     return str(path)
+
+
+def count(tokenizer, paths: list[str], column=None, lang="en", held_out=0.0, seed=0) -> Counts:
+    """The counts of the files' rows, `held_out` of them apart."""
+    counter = Counter(tokenizer, column, lang, held_out, seed, False)
+    counts = Counts(counter.size)
+    counter.count(corpus.file_chunks(corpus.expand(paths), column), counts)
+    return counts
+
+
+def tally(counts: Counts, lang: str = "en") -> dict[int, int]:
+    """How often each id occurs in one language, held-out rows included; ids that never do are left out."""
+    table = counts.tables[lang].sum(0)
+    return {int(i): int(table[i]) for i in np.flatnonzero(table)}
 
 
 def run(folder: str, *args, out: Path, sizes: str = "300,350") -> None:
