@@ -14,6 +14,8 @@ from fastmtp.data.journal import Journal, sample
 from fastmtp.data.prompts import Chat
 from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.data.sources import Sampling
+from fastmtp.head.modeling_mimo import attention_of
+from fastmtp.reference.attention import ATTENTION
 from fastmtp.reference.model import Model
 from fastmtp.show.progress import Bar
 
@@ -76,13 +78,14 @@ def answer(model: Model, prompts: list[list[int]], sampling: Sampling, seed: int
     outputs: list[list[int]] = [[] for _ in prompts]
     rows, alive = list(range(len(prompts))), [True] * len(prompts)
     while True:
-        states = net.model(
-            input_ids=ids,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with attention_of(net.config, ATTENTION):
+            states = net.model(
+                input_ids=ids,
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         ids = choose(net.lm_head(states[:, -1]), sampling, generator)[:, None]
         for i, token in enumerate(ids[:, 0].tolist()):
             if alive[i]:

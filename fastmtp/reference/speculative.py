@@ -21,33 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastmtp.head.modeling_mimo import MiMoForCausalLM, attention_of
+from fastmtp.reference.attention import ATTENTION
 from fastmtp.reference.model import Model
 from fastmtp.trees.tree import DraftTree, Drawing, chain_parents, depths, mask, walk
 from fastmtp.vocab.draft_vocab import DraftVocab
-
-ATTENTION = "fastmtp_decoding"  # transformers' name for the attention below
-
-
-def attention(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: as its `sdpa`, without the copies of keys and values that it makes
-    for a mask.
-
-    query: [1, Hq, n, D]; key, value: [1, Hkv, T, D]; attention_mask: [n, T] bool, or None: causal. Returns
-    [1, n, Hq, D].
-    """
-    causal = attention_mask is None and query.shape[2] > 1
-    context = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, is_causal=causal, enable_gqa=True
-    )
-    return context.transpose(1, 2), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
 
 
 @dataclass
