@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from fastmtp.checkpoint import (
     read_head,
 )
 from fastmtp.cli import InputError, Parser, run
+from fastmtp.formats.gguf_file import parsed_once
 from fastmtp.formats.weights import INDEX, check_finite, headers, read_tensors
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM, MiMoMTPLayer
 from fastmtp.inputs import existing, read_json
@@ -225,7 +227,8 @@ def prepare(name: str, out: str | Path, dtype: str = "auto", head: str | None = 
             if head:
                 raise InputError(f"{name} has a head of its own; replace it with fastmtp.export")
             return adopt(source, Path(out), origin)
-    convert(source, Path(out), dtype, head, origin)
+    with parsed_once() if source.suffix == ".gguf" else contextlib.nullcontext():
+        convert(source, Path(out), dtype, head, origin)
 
 
 def parser() -> Parser:

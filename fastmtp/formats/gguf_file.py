@@ -6,6 +6,9 @@ what it makes of them, changes with its version; here a name is known or refused
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import (
@@ -32,6 +35,24 @@ CONTROL, USER_DEFINED = 3, 4  # llama.cpp's kinds of tokens that text never make
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within the block each GGUF file is parsed once. transformers opens it anew for the configuration, the
+    tokenizer and the weights, and names its tensors anew for every module, which costs seconds each time.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    for name, function in before.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
+
+
 def byte_level(path: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a GGUF file; None if its vocabulary is of another kind (sentencepiece).
 
@@ -39,7 +60,7 @@ def byte_level(path: Path) -> PreTrainedTokenizerFast | None:
     """
     from gguf import GGUFReader
 
-    fields = GGUFReader(path).fields
+    fields = GGUFReader(str(path)).fields  # text, as transformers gives it
 
     def field(name: str) -> object:
         return fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else None

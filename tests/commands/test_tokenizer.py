@@ -268,6 +268,18 @@ def test_a_gguf_file_reads_as_its_models_own_tokenizer(pre, rule, tmp_path):
     assert ids(tmp_path / "out") == [own(text)["input_ids"] for text in TEXTS]
 
 
+def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
+    """transformers alone would parse it three times more; afterwards `gguf` is as it was."""
+    gguf = pytest.importorskip("gguf")
+    own = byte_level(gpt2_rule())
+    path, parsed, whole = gguf_file(tmp_path / "model.gguf", "gpt-2", own), [], gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: (parsed.append(given), whole(*given))[1])
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    prepare(str(path), tmp_path / "out")
+    assert len(parsed) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
 def test_a_gguf_file_of_an_unknown_pre_tokenizer_is_refused(tmp_path):
     for pre in ("martian", "default"):
         path = gguf_file(tmp_path / "model.gguf", pre, byte_level(gpt2_rule()))
