@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .row_loss import normalise, scaled_softmax
 
-CHUNK_BYTES = 256 * 2**20
-GPU_CHUNKS = 8  # a GPU's products want some thousand rows
+CHUNK_BYTES = 32 * 2**20  # what a CPU's cache holds
+GPU_CHUNKS = 64  # a GPU's products want some thousand rows
 LK_DECAY = 3.0
 TINY = 1e-30
 # 1 minus a sum is no more exact than this, and its inverse scales the gradient of every token in the tail.
