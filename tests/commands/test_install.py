@@ -14,6 +14,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
 "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 "-c import torch") exit 1 ;;
+"-m compileall"*) exit 1 ;; # some packages hold files that do not compile
 "-m pip install"*) echo "$*" >> calls; case "$*" in *"$DEAD"*) exit 1 ;; esac ;;
 esac
 """
