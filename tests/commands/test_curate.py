@@ -1,69 +1,19 @@
-"""The command from distilled lines to ms-swift's files: rows, split, mix, report, bad input."""
+"""The command from distilled lines to ms-swift's files: rows, split, report, recipes, a full disk."""
 
 import errno
-import gzip
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.curating import line, prompts, run, write
 
 from fastmtp import curate
 from fastmtp.cli import InputError
-from fastmtp.data.clean_set import CurateConfig
-from fastmtp.data.mixture import choose
 from fastmtp.data.scan import training_row
-from fastmtp.data.sources import DataConfig
-from fastmtp.formats.yaml_file import load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "rk", "st", "l")]
-IDS = {word: 10 + n for n, word in enumerate(WORDS)}
-
-
-def line(n, source="s", turns=1, length=30, **changes):
-    """A distilled sample with words of its own, and a token id for each word."""
-    rng = random.Random(f"{source} {n}")
-    messages = []
-    for _ in range(turns):
-        answer = rng.choices(WORDS, k=length)
-        ids = [IDS[word] for word in answer] + [2]
-        messages.append({"role": "user", "content": " ".join(rng.choices(WORDS, k=12)) + "?"})
-        messages.append({"role": "assistant", "content": " ".join(answer), "token_ids": ids})
-    sample = {
-        "id": str(n),
-        "source": source,
-        "lang": "en",
-        "messages": messages,
-        "prompt_ids": [1, 5],
-        "output_ids": ids,
-    }
-    return sample | {"finish": "stop"} | changes
-
-
-def write(path, rows):
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as out:
-        out.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    return str(path)
-
-
-def read(path):
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-
-
-def run(tmp_path, rows, *options):
-    """Curate `rows` in this process; (train rows, eval rows, counts)."""
-    out = tmp_path / "out"
-    source = write(tmp_path / "distilled.jsonl", rows)
-    curate.main(["--input", source, "--out", str(out), "--workers", "1", *map(str, options)])
-    return read(out / "train.jsonl"), read(out / "eval.jsonl"), json.loads((out / "counts.json").read_text())
-
-
-def prompts(rows):
-    return {row["messages"][0]["content"] for row in rows}
 
 
 def test_rows_have_the_exact_ids_and_nothing_else(tmp_path):
@@ -169,62 +119,9 @@ def test_split_holds_out_no_neighbour_of_train(tmp_path, capsys):
     train, held, counts = run(tmp_path, rows, "--recipe", recipe)
     assert len(held) == 20 and len(train) == 80 and not counts["dropped"]
     assert prompts(held) <= prompts(rows[50:])
-    assert "not 80" in _split_all(tmp_path, rows, recipe, capsys)
     assert not prompts(held) & prompts(train)
-
-
-def _split_all(tmp_path, rows, recipe, capsys):
     run(tmp_path, rows, "--recipe", recipe, "--eval-share", 0.8)
-    return capsys.readouterr().err
-
-
-def data_list(tmp_path, shares, change=None):
-    path = tmp_path / "data.yaml"
-    sources = [
-        {"name": f"{name}_{n}", "category": name, "licence": "none", "path": "x.jsonl", "prompt": "prompt"}
-        for name in shares
-        for n in range(2)
-    ]
-    path.write_text(json.dumps({"shares": shares, "sources": sources} | (change or {})))
-    return path
-
-
-PAPER = {"general": 0.42, "math": 0.18, "code": 0.13, "chinese": 0.27}
-
-
-def test_mix_reaches_the_shares_and_depends_on_the_seed_alone(tmp_path):
-    rng = random.Random(0)
-    rows = [line(n, f"{name}_{n % 2}", length=rng.randint(20, 60)) for name in PAPER for n in range(250)]
-    data = data_list(tmp_path, PAPER)
-    train, held, counts = run(tmp_path, rows, "--data", data, "--eval-share", 0.1)
-    for name, share in PAPER.items():
-        assert counts["categories"][name]["target_share"] == share
-        assert counts["categories"][name]["reached_share"] == pytest.approx(share, abs=0.005)
-    biggest = counts["categories"]["general"]
-    assert biggest["available_tokens"] - biggest["tokens"] < 61, "the scarcest category is used up"
-    assert len(held) == 100 and not prompts(held) & prompts(train)
-    assert counts["left_over_by_the_mix"] == 900 - len(train)
-    files = [
-        (tmp_path / "out" / name).read_bytes()
-        for name in ("train.jsonl", "eval.jsonl", "counts.json", "report.md")
-    ]
-    run(tmp_path, rows, "--data", data, "--eval-share", 0.1, "--workers", 2)
-    again = [
-        (tmp_path / "out" / name).read_bytes()
-        for name in ("train.jsonl", "eval.jsonl", "counts.json", "report.md")
-    ]
-    assert files == again
-    assert prompts(run(tmp_path, rows, "--data", data, "--eval-share", 0.1, "--seed", 1)[0]) != prompts(train)
-
-
-def test_mix_of_a_given_size():
-    rng = random.Random(0)
-    categories = [name for name in PAPER for _ in range(2000)]
-    tokens = [rng.randint(20, 60) for _ in categories]
-    picked = choose(categories, tokens, PAPER, 1000, seed=0)
-    assert len(picked) == pytest.approx(1000, abs=15) and picked == sorted(set(picked))
-    with pytest.raises(InputError, match="'code' has a share of 0.13 but no sample"):
-        choose(["general", "math", "chinese"], [1, 1, 1], PAPER, None, seed=0)
+    assert "not 80" in capsys.readouterr().err
 
 
 def test_gzip_and_several_files_the_first_one_wins(tmp_path):
@@ -234,42 +131,6 @@ def test_gzip_and_several_files_the_first_one_wins(tmp_path):
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())
     assert counts["sources"]["better"] == {"train": 2, "eval": 0, "dropped": {}}
     assert counts["sources"]["worse"] == {"train": 1, "eval": 0, "dropped": {"exact_duplicate": 1}}
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ("{broken", r"distilled.jsonl:2: not JSON .*fix or remove"),
-        ("[1]", "distilled.jsonl:2: expected a JSON object"),
-        ({"prompt": "x"}, "distilled.jsonl:2: 'messages' must be a list"),
-        (
-            {"messages": [{"role": "user", "content": "x"}] * 2},
-            "distilled.jsonl:2: the last message is no answer",
-        ),
-        (
-            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            "distilled.jsonl:2: the answer has no 'token_ids'",
-        ),
-        (
-            {"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]},
-            "message 0 needs a text",
-        ),
-    ],
-)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_broken_lines_are_named(tmp_path, row, message, workers):
-    with pytest.raises(InputError, match=message):
-        run(tmp_path, [line(0), row, line(1)], "--workers", workers)
-    assert not (tmp_path / "out" / "train.jsonl").exists()
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("cut", [slice(None, -20), slice(5, None)])
-def test_broken_gzip_is_named(tmp_path, cut, workers):
-    path = Path(write(tmp_path / "distilled.jsonl.gz", [line(n) for n in range(50)]))
-    path.write_bytes(path.read_bytes()[cut])
-    with pytest.raises(InputError, match="distilled.jsonl.gz: cannot be read"):
-        curate.main(["--input", str(path), "--out", str(tmp_path / "out"), "--workers", str(workers)])
 
 
 @pytest.mark.parametrize(
@@ -313,45 +174,6 @@ def test_full_disk_is_said_in_one_line_and_leaves_no_half_file(tmp_path, monkeyp
         run(tmp_path, [line(n) for n in range(9)])
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
-
-
-def test_source_outside_the_data_list(tmp_path):
-    with pytest.raises(InputError, match="no source 'stray'"):
-        run(tmp_path, [line(0, "stray")], "--data", data_list(tmp_path, {"general": 1.0}))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"shares": {"general": 0.5}}, "'shares' sum to 0.5"),
-        ({"shares": {"other": 1.0}}, "category 'general' has no share"),
-        ({"sources": [{"name": "a", "category": "general"}]}, r"'sources\[0\].licence' is missing"),
-        (
-            {"sources": [{"name": "a", "category": "general", "licence": "x", "prompt": "p"}]},
-            "one of 'path' and 'hub'",
-        ),
-        (
-            {"sources": [{"name": "a", "category": "general", "licence": "x", "hub": "a/b"}]},
-            "one of 'prompt' and",
-        ),
-    ],
-)
-def test_bad_data_lists(tmp_path, change, message):
-    path = data_list(tmp_path, {"general": 1.0}, change)
-    with pytest.raises(InputError, match=message):
-        load_yaml(path, DataConfig).check(str(path))
-
-
-def test_recipes_that_come_with_the_project():
-    recipe = load_yaml(ROOT / "configs" / "curate.yaml", CurateConfig)
-    recipe.eval_share = 0.0
-    assert recipe == CurateConfig(), "the recipe spells out the defaults"
-    for path in sorted((ROOT / "configs" / "data").glob("*.yaml")):
-        data = load_yaml(path, DataConfig)
-        data.check(str(path))
-        assert data.shares == PAPER or path.stem == "examples"  # one source has no mix
-        assert (data.sampling.temperature, data.sampling.top_k, data.sampling.top_p) == (0.6, 20, 0.95)
-    assert data.samples == 389400
 
 
 def test_command_line(tmp_path):

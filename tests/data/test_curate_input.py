@@ -114,6 +114,10 @@ def user(content: object, **more: object) -> dict:
     return {"role": "user", "content": content, **more}
 
 
+def answer(content: object) -> dict:
+    return {"role": "assistant", "content": content}
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -139,6 +143,34 @@ def test_a_line_that_is_no_sample_is_named(place, tokenizer, change, words):
     write([sample(0, tokenizer), sample(1, tokenizer) | change])
     with pytest.raises(InputError, match=f"in.jsonl:2: .*{words}"):
         run()
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("{broken", "not JSON .*fix or remove"),
+        ("[1]", "expected a JSON object"),
+        ({"prompt": "x"}, "'messages' must be a list"),
+        ({"messages": [user("x"), user("x")]}, "the last message is no answer"),
+        ({"messages": [user("x"), answer("y")]}, "the answer has no 'token_ids'"),
+        ({"messages": [{"role": "user"}, answer("y")]}, "message 0 needs a text"),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_broken_line_is_named_by_any_number_of_workers(place, tokenizer, row, words, workers):
+    write([sample(0, tokenizer), row, sample(1, tokenizer)])
+    with pytest.raises(InputError, match=f"in.jsonl:2: .*{words}"):
+        run("--workers", workers)
+    assert not Path("out/train.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("cut", [slice(None, -20), slice(5, None)], ids=["end", "start"])
+def test_broken_gzip_is_named(place, tokenizer, cut, workers):
+    whole = "".join(json.dumps(sample(n, tokenizer)) + "\n" for n in range(50))
+    Path("in.jsonl.gz").write_bytes(gzip.compress(whole.encode())[cut])
+    with pytest.raises(InputError, match="in.jsonl.gz: cannot be read"):
+        curate.main(["--input", "in.jsonl.gz", "--out", "out", "--workers", workers])
 
 
 def test_tool_calls_are_not_dropped_silently(place, tokenizer):
