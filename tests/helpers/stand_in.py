@@ -2,8 +2,7 @@
 
 The format was written from the source of SGLang 0.5.17 (tokenizer_manager.py, http_server.py), not recorded.
 Answers depend on the prompt alone, so every arm gives the same tokens, as greedy speculative decoding does.
-Run as a
-script it is a server process: python tests/stand_in.py --port 30000 --num-steps 3
+Run as a script it is a server process: python tests/helpers/stand_in.py --port 30000 --num-steps 3
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ from pathlib import Path
 PAUSE = "STAND_IN_PAUSE"
 VERSION = "0.5.17"
 # Two whole cycles of 30 us and the start of a third: a verification graph of two kernels (its second
-# overlapped by a
-# copy), a kernel outside graphs, the extension's graph, the drafting graph; 4 us of nothing before the next
-# cycle.
+# overlapped by a copy), a kernel outside graphs, the extension's graph, the drafting graph; 4 us of nothing
+# before the next cycle.
 TRACE = []
 for cycle in range(3):
     t, c = 100.0 + 30 * cycle, 10 * cycle
@@ -80,6 +78,51 @@ def accounting(tokens: int, num_steps: int) -> tuple[int, list[int]]:
         made += accepted + 1
         passes += 1
     return passes, histogram
+
+
+def generated(body: dict, number: int, num_steps: int) -> tuple[dict, dict, int]:
+    """What SGLang answers to the `number`th /generate: its first chunk, its last, and its passes."""
+    prompt_ids, sampling = body["input_ids"], body["sampling_params"]
+    ids, finish = answer_ids(prompt_ids, sampling["max_new_tokens"], sampling.get("ignore_eos", False))
+    meta = {
+        "id": f"r{number}",
+        "finish_reason": None,
+        "prompt_tokens": len(prompt_ids),
+        "weight_version": "default",
+        "num_retractions": 0,
+        "completion_tokens": 1,
+        "cached_tokens": 0,
+    }
+    first = {"text": "", "output_ids": ids[:1], "meta_info": meta}
+    reason = {"type": finish, "matched": 2} if finish == "stop" else {"type": finish, "length": len(ids)}
+    done = meta | {"finish_reason": reason, "completion_tokens": len(ids), "e2e_latency": 0.002}
+    passes, histogram = accounting(len(ids), num_steps)
+    if num_steps and passes:
+        correct = sum(n * count for n, count in enumerate(histogram))
+        done |= {
+            "spec_accept_rate": correct / (passes * num_steps),
+            "spec_accept_length": len(ids) / passes,
+            "spec_num_correct_drafts": correct,
+            "spec_num_proposed_drafts": passes * num_steps,
+            "spec_verify_ct": passes,
+            "spec_accepted_drafts": correct,
+            "spec_proposed_drafts": passes * num_steps,
+            "spec_correct_drafts_histogram": histogram,
+            "spec_accept_histogram": histogram,
+        }
+    last = {"text": " ".join(f"w{i}" for i in ids), "output_ids": ids, "meta_info": done}
+    return first, last, passes if num_steps else len(ids)
+
+
+def spoil(first: dict, last: dict, fault: str | None) -> None:
+    """Put the fault into an answer, if it is one of content."""
+    if fault == "no text":  # SGLang with --skip-tokenizer-init
+        first.pop("text"), last.pop("text")
+    if fault == "malformed":
+        last["meta_info"] = {"finish_reason": last["meta_info"]["finish_reason"]}
+    if fault == "abort":
+        reason = {"type": "abort", "message": "out of memory", "status_code": 500}
+        last["meta_info"]["finish_reason"] = reason
 
 
 def free_port() -> int:
@@ -196,60 +239,20 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
-        wanted = body["sampling_params"]
-        ids, finish = answer_ids(body["input_ids"], wanted["max_new_tokens"], wanted.get("ignore_eos", False))
-        meta = {
-            "id": f"r{number}",
-            "finish_reason": None,
-            "prompt_tokens": len(body["input_ids"]),
-            "weight_version": "default",
-            "num_retractions": 0,
-            "completion_tokens": 1,
-            "cached_tokens": 0,
-        }
-        first = {"text": "", "output_ids": ids[:1], "meta_info": meta}
-        reason = {"type": finish, "matched": 2} if finish == "stop" else {"type": finish, "length": len(ids)}
-        done = meta | {"finish_reason": reason, "completion_tokens": len(ids), "e2e_latency": 0.002}
-        passes, histogram = accounting(len(ids), s.num_steps)
-        if s.num_steps and passes:
-            correct = sum(n * count for n, count in enumerate(histogram))
-            done |= {
-                "spec_accept_rate": correct / (passes * s.num_steps),
-                "spec_accept_length": len(ids) / passes,
-                "spec_num_correct_drafts": correct,
-                "spec_num_proposed_drafts": passes * s.num_steps,
-                "spec_verify_ct": passes,
-                "spec_accepted_drafts": correct,
-                "spec_proposed_drafts": passes * s.num_steps,
-                "spec_correct_drafts_histogram": histogram,
-                "spec_accept_histogram": histogram,
-            }
-        last = {"text": " ".join(f"w{i}" for i in ids), "output_ids": ids, "meta_info": done}
-        if fault == "no text":  # SGLang with --skip-tokenizer-init
-            first.pop("text"), last.pop("text")
-        if fault == "malformed":
-            last["meta_info"] = {"finish_reason": reason}
-        if fault == "abort":
-            last["meta_info"]["finish_reason"] = {
-                "type": "abort",
-                "message": "out of memory",
-                "status_code": 500,
-            }
+        first, last, passes = generated(body, number, s.num_steps)
+        spoil(first, last, fault)
         if not body.get("stream"):
             return self._send(200, b"{cut" if fault == "cut" else json.dumps(last).encode())
-        chunks = [b"data: " + json.dumps(first).encode() + b"\n\n"]
-        if fault != "cut":
-            chunks.append(b"data: " + json.dumps(last).encode() + b"\n\n")
-        # Speculation answers faster, so that speed-ups above 1 can be seen.
-        pause = float(os.environ.get(PAUSE, 0.0002)) * (passes if s.num_steps else len(ids))
+        chunks = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in (first, last)]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(chunks[0])
         self.wfile.flush()
-        time.sleep(pause)
-        self.finish_stream(b"".join(chunks[1:]) + b"data: [DONE]\n\n")
+        # Speculation answers faster, so that speed-ups above 1 can be seen.
+        time.sleep(float(os.environ.get(PAUSE, 0.0002)) * passes)
+        self.finish_stream((b"" if fault == "cut" else chunks[1]) + b"data: [DONE]\n\n")
 
     def finish_stream(self, data: bytes) -> None:
         """What comes after the first chunk; tests put other words in its place."""
