@@ -19,7 +19,7 @@ from .row_loss import normalise, scaled_softmax
 from .teacher import chunks, greedy, likeliest, soft_cross_entropy
 
 IGNORE = -100
-LABELS = ("data", "argmax", "kl", "lk")
+LABELS = ("data", "argmax", "kl")
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Objective:
     """What is learnt at each step. Defaults: modeling_mimo.MiMoConfig. ValueError for a setting out of range.
 
     beta: step k weighs alpha_k, proportional to beta^(k-1).
-    labels: `data`, the text's next token; `argmax`, the backbone's likeliest; `kl` and `lk`, its distribution
-    (teacher.py)
-        as the `top_k` likeliest tokens and a tail.
+    labels: `data`, the text's next token; `argmax`, the backbone's likeliest; `kl`, its distribution
+        (teacher.py) as the `top_k` likeliest tokens and a tail.
     prefix_floor: where an earlier draft of the chain missed the text, an engine never gets to step k; such a
     target
         weighs this share. 1 keeps all alike, 0 drops them.
@@ -170,7 +169,7 @@ def mtp_loss(
             losses = cross_entropy(picked, weight, ids.squeeze(1))
         else:
             probs = torch.ones_like(ids, dtype=torch.float32) if probs is None else probs
-            losses, drafts = soft_cross_entropy(picked, weight, ids, probs, objective.labels == "lk")
+            losses, drafts = soft_cross_entropy(picked, weight, ids, probs)
         token_losses.append(losses.detach())
         if objective.prefix_floor != 1:
             losses = losses * torch.where(accepted[where], 1.0, objective.prefix_floor)

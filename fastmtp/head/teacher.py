@@ -2,14 +2,9 @@
 
 The backbone's state at position j holds its distribution of token j+1 for nothing but a product with lm_head.
 It is kept as the `top_k` likeliest ids, their probabilities, and what is left in one tail bucket; so one pass
-over it serves all K steps, and no [tokens, vocabulary] outlives its chunk. Two divergences of the buckets, p
-the backbone's, q the draft's:
-
-    kl   KL(p || q), which is cross-entropy less p's entropy; with all mass on one id it is plain
-         cross-entropy
-    lk   w * KL + (1 - w) * TV, w = exp(-3 a), a = 1 - TV the acceptance rate of speculative sampling, w
-         without gradient (arXiv 2602.23881): KL while the draft is poor, then what sampling at a temperature
-         really pays
+over it serves all K steps, and no [tokens, vocabulary] outlives its chunk. The loss is KL(p || q) of the
+buckets, p the backbone's and q the draft's: cross-entropy less p's entropy, so plain cross-entropy if all
+mass is on one id.
 
 Imports torch alone (and `row_loss`).
 """
@@ -24,7 +19,6 @@ from .row_loss import normalise, scaled_softmax
 
 CHUNK_BYTES = 32 * 2**20  # what a CPU's cache holds
 GPU_CHUNKS = 64  # a GPU's products want some thousand rows
-LK_DECAY = 3.0
 TINY = 1e-30
 # 1 minus a sum is no more exact than this, and its inverse scales the gradient of every token in the tail.
 TAIL = 1e-6
@@ -63,33 +57,13 @@ def likeliest(hidden: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tenso
     return ids, probs
 
 
-def divergence(p: Tensor, q: Tensor, lk: bool) -> tuple[Tensor, Tensor]:
-    """Loss of each row and its slopes: losses [N], slopes [N, b], so that dL/dz_v = q_v * slope of v's
-    bucket.
-
-    p, q: [N, b] float32, bucket probabilities of the backbone and the draft; z: the draft's logits.
-    """
-    losses = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
-    slopes = 1 - p / q
-    if not lk:
-        return losses, slopes
-    distance = 0.5 * (p - q).abs().sum(-1)
-    sign = 0.5 * (q - p).sign()
-    share = torch.exp(-LK_DECAY * (1 - distance))
-    losses = share * losses + (1 - share) * distance
-    slopes = share[:, None] * slopes + (1 - share)[:, None] * (sign - (q * sign).sum(-1, keepdim=True))
-    return losses, slopes
-
-
 class _SoftCrossEntropy(torch.autograd.Function):
     """As losses._ChunkedCrossEntropy: the gradient of a row is ready when its logits are, so it is kept in
     their stead.
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor, lk: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         drafts = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         grad = torch.empty_like(hidden) if hidden.requires_grad else None
@@ -99,8 +73,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
             part_ids = ids[part]
             shares = (logits.gather(1, part_ids).float() - normaliser[:, None]).exp()
             p, q = with_tail(probs[part], 0.0), with_tail(shares.clamp(min=TINY), TAIL)
-            losses[part], slopes = divergence(p, q, lk)
+            losses[part] = (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
             if grad is not None:
+                slopes = 1 - p / q  # dL/dz_v is q_v times the slope of v's bucket; z: the draft's logits
                 pulls = (q * slopes).to(weight.dtype)
                 # the tail's slope for all, then the top k's own
                 residual = scaled_softmax(logits, normaliser, slopes[:, -1].contiguous())
@@ -113,7 +88,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor, _):
         (grad,) = ctx.saved_tensors
-        return grad * upstream[:, None].to(grad.dtype), None, None, None, None
+        return grad * upstream[:, None].to(grad.dtype), None, None, None
 
 
 def with_tail(x: Tensor, least: float) -> Tensor:
@@ -121,9 +96,7 @@ def with_tail(x: Tensor, least: float) -> Tensor:
     return torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp(min=least)], dim=-1)
 
 
-def soft_cross_entropy(
-    hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor, lk: bool = False
-) -> tuple[Tensor, Tensor]:
+def soft_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each row against a distribution (see the module), and the draft's argmax: [N] float32, [N]
     int64.
 
@@ -133,4 +106,4 @@ def soft_cross_entropy(
     if weight.requires_grad:
         raise ValueError("the output matrix must be frozen: FastMTP trains the MTP layer alone")
     with torch.autocast(hidden.device.type, enabled=False):
-        return _SoftCrossEntropy.apply(hidden, weight, ids, probs, lk)
+        return _SoftCrossEntropy.apply(hidden, weight, ids, probs)

@@ -43,27 +43,21 @@ def buckets(probabilities, ids):
     return torch.cat([kept, (1 - kept.sum(1, keepdim=True)).clamp(min=1e-9)], dim=1)
 
 
-def written_out(hidden, weight, ids, probs, lk):
+def written_out(hidden, weight, ids, probs):
     """The definition, over whole rows and with autograd."""
     q = buckets(F.linear(hidden.to(weight.dtype), weight).float().softmax(-1), ids)
     p = torch.cat([probs, (1 - probs.sum(1, keepdim=True)).clamp(min=1e-9)], dim=1)
-    kl = (p * (p / q).log()).sum(1)
-    if not lk:
-        return kl
-    distance = 0.5 * (p - q).abs().sum(1)
-    share = torch.exp(-3 * (1 - distance)).detach()
-    return share * kl + (1 - share) * distance
+    return (p * (p / q).log()).sum(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lk", [False, True])
-def test_soft_cross_entropy_is_the_definition(chunking, lk, dtype):
+def test_soft_cross_entropy_is_the_definition(chunking, dtype):
     weight, hidden, backbone = inputs(dtype)
     ids, probs = likeliest(backbone, weight, 7)
     upstream = torch.rand(ROWS, generator=torch.Generator().manual_seed(1)) + 0.5
     ours, full = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    found, drafts = soft_cross_entropy(ours, weight, ids, probs, lk)
-    wanted = written_out(full, weight, ids, probs, lk)
+    found, drafts = soft_cross_entropy(ours, weight, ids, probs)
+    wanted = written_out(full, weight, ids, probs)
     (found * upstream).sum().backward()
     (wanted * upstream).sum().backward()
     near = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=3e-2, atol=3e-2)
@@ -87,23 +81,11 @@ def test_one_hot_kl_is_cross_entropy(chunking):
 def test_kl_is_zero_and_flat_where_the_draft_is_the_backbone():
     weight, _, backbone = inputs()
     ids, probs = likeliest(backbone, weight, 7)
-    for lk in (False, True):
-        same = backbone.clone().requires_grad_()
-        losses, _ = soft_cross_entropy(same, weight, ids, probs, lk)
-        losses.sum().backward()
-        assert losses.abs().max() < 1e-5
-        assert lk or same.grad.abs().max() < 1e-5  # total variation has a kink there
-
-
-def test_lk_between_its_limits():
-    """Nothing accepted: KL alone. Nearly everything accepted: e^-3 of KL, the rest total variation."""
-    p = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
-    far, near = torch.tensor([[1e-9, 1.0], [0.5, 0.5]]), torch.tensor([[0.98, 0.02], [0.52, 0.48]])
-    kl, _ = teacher.divergence(p, far, False)
-    torch.testing.assert_close(teacher.divergence(p, far, True)[0], torch.stack([kl[0], torch.tensor(0.0)]))
-    kl, distance = teacher.divergence(p, near, False)[0], torch.tensor([0.02, 0.02])
-    share = torch.exp(-3 * (1 - distance))
-    torch.testing.assert_close(teacher.divergence(p, near, True)[0], share * kl + (1 - share) * distance)
+    same = backbone.clone().requires_grad_()
+    losses, _ = soft_cross_entropy(same, weight, ids, probs)
+    losses.sum().backward()
+    assert losses.abs().max() < 1e-5
+    assert same.grad.abs().max() < 1e-5
 
 
 def test_a_draft_surer_than_its_rounding_gives_finite_gradients():
@@ -155,11 +137,9 @@ def loop(states, hidden, weight, labels, segments, o: Objective) -> torch.Tensor
                     break
                 backbone = hidden[b, p + k] @ weight.T
                 logits = states[k - 1][b, p] @ weight.T
-                if o.labels in ("kl", "lk"):
+                if o.labels == "kl":
                     probs, ids = backbone.softmax(-1).topk(o.top_k)
-                    loss = written_out(
-                        states[k - 1][b, p][None], weight, ids[None], probs[None], o.labels == "lk"
-                    )[0]
+                    loss = written_out(states[k - 1][b, p][None], weight, ids[None], probs[None])[0]
                 else:
                     loss = F.cross_entropy(logits, text if o.labels == "data" else backbone.argmax())
                 share = 1.0 if reached else o.prefix_floor
@@ -175,7 +155,6 @@ def loop(states, hidden, weight, labels, segments, o: Objective) -> torch.Tensor
         dict(labels="argmax"),
         dict(labels="kl"),
         dict(labels="kl", top_k=97),
-        dict(labels="lk"),
         dict(prefix_floor=0.1),
         dict(labels="argmax", prefix_floor=0.0),
         dict(labels="kl", prefix_floor=0.25, beta=1.0),
