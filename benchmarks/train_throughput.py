@@ -36,7 +36,7 @@ from transformers import Qwen2ForCausalLM
 from benchmarks.shapes import SHAPES
 from fastmtp import files
 from fastmtp.cli import InputError, Parser, run
-from fastmtp.data.recipe_check import has_flash_attn
+from fastmtp.data.recipe_check import flash_attn_fault
 from fastmtp.head.losses import IGNORE, step_targets, step_weights
 from fastmtp.head.modeling_mimo import MiMoConfig, MiMoForCausalLM
 from fastmtp.head.recursion import ATTENTIONS, layout, recurse
@@ -301,8 +301,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         files.claim(path)
     if device == "cpu" and args.shape != "smollm2":
         raise InputError(f"no GPU here, and --shape {args.shape} needs one; give --shape smollm2")
-    if "flash-attn" in args.impl and (device == "cpu" or not has_flash_attn()):
-        raise InputError("--impl flash-attn needs a GPU and flash-attn-4; run: pip install -e '.[flash]'")
+    if "flash-attn" in args.impl and (fault := "no GPU" if device == "cpu" else flash_attn_fault()):
+        raise InputError(
+            f"--impl flash-attn: it does not load here ({fault}); run: pip install -e '.[flash]'"
+        )
     documents = make_documents(args.documents, shape["vocab_size"], args.seed)
     rate = matrix_rate(device) / 1e12
     rows = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from importlib.util import find_spec
+import importlib
 
 from fastmtp.cli import InputError
 from fastmtp.data.recipe import HEAD_KEYS
@@ -88,9 +88,9 @@ def check_head(head: dict, place: str) -> None:
     if head.get("mtp_flash_attn"):
         if head.get("mtp_compile"):
             raise InputError(f"{place}: flash-attn's kernels cannot be compiled; leave mtp_compile out")
-        if not has_flash_attn():
+        if fault := flash_attn_fault():
             cure = "run: pip install -e '.[flash]', or leave the key out"
-            raise InputError(f"{place}: mtp_flash_attn needs the package flash-attn-4; {cure}")
+            raise InputError(f"{place}: mtp_flash_attn: flash-attn-4 does not load here ({fault}); {cure}")
     if attention not in ATTENTIONS:
         raise InputError(f"{place}: mtp_attention must be one of {', '.join(ATTENTIONS)}, not {attention}")
     try:
@@ -99,6 +99,14 @@ def check_head(head: dict, place: str) -> None:
         raise InputError(f"{place}: {error}") from None
 
 
-def has_flash_attn() -> bool:
-    """Whether FlashAttention 4 is installed; flash-attn 2 has the same top name, but no `cute`."""
-    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+def flash_attn_fault() -> str | None:
+    """Why FlashAttention 4 cannot be loaded here, None if it can.
+
+    Loading is the only test that tells: flash-attn 2 has the same top name, other packages bring copies of
+    `flash_attn.cute` without the compiler that it needs.
+    """
+    try:
+        importlib.import_module("flash_attn.cute.interface")
+    except Exception as error:  # the compiler's own errors too
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return None

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,10 @@ def test_a_row_reaches_ms_swift(command):
         ({"dataset": ["my rows"]}, "neither a file nor a data set"),
         ({"dataset": [5]}, "must be paths"),
         (head_keys(mtp_compile="yes"), "mtp_compile must be true or false"),
-        (head_keys(mtp_flash_attn=True), r"flash-attn-4; run: pip install -e '.\[flash\]'"),
+        (
+            head_keys(mtp_flash_attn=True),
+            r"flash-attn-4 does not load here \(Module.*pip install -e '.\[flash\]'",
+        ),
         (head_keys(mtp_flash_attn=True, mtp_compile=True), "leave mtp_compile out"),
     ],
 )
@@ -106,6 +110,25 @@ def test_a_recipe_that_trains_nothing_is_refused(command, changes, words):
     call, seen = command
     with pytest.raises(InputError, match=words) as error:
         call(**changes)
+    assert not seen and "\n" not in str(error.value)
+
+
+def test_flash_attn_without_what_it_needs_is_refused_by_name(command, tmp_path, monkeypatch):
+    """Another package's copy of `flash_attn.cute`, whose compiler is missing."""
+    call, seen = command
+    cute = tmp_path / "site" / "flash_attn" / "cute"
+    cute.mkdir(parents=True)
+    for folder in (cute.parent, cute):
+        (folder / "__init__.py").touch()
+    (cute / "interface.py").write_text("import cutlass_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in ("flash_attn", "flash_attn.cute"):  # as if never imported, afterwards too
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(
+        InputError, match="No module named 'cutlass_that_nobody_has'.*leave the key out"
+    ) as error:
+        call(**head_keys(mtp_flash_attn=True))
     assert not seen and "\n" not in str(error.value)
 
 
