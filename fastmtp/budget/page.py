@@ -72,7 +72,7 @@ def table(card: Card, columns: Sequence[dict]) -> str:
         ("head, GB", [_gb(c["head_bytes"]) for c in columns]),
         ("draft vocabulary, whole / 32k map, GB", [_pair(c["draft_vocabulary_bytes"], _gb) for c in columns]),
         ("keys and values, kB per token", [f"{c['context_bytes_per_token'] / 1e3:.0f}" for c in columns]),
-        ("fits", ["yes" if c["fits"] else "no" for c in columns]),
+        ("fits, to serve", ["yes" if c["fits"] else "no" for c in columns]),
     ]
     for key, title in (("bound", "bound by memory"), ("expected", "expected")):
         rows += [
@@ -91,7 +91,7 @@ def table(card: Card, columns: Sequence[dict]) -> str:
     rows += [
         ("distil 16M answer tokens: tokens/s, hours", [_work(c["distil"]) for c in columns]),
         ("train on them twice: tokens/s, hours", [_work(c["train"]) for c in columns]),
-        ("memory for training, GB", [f"{c['train']['memory_bytes'] / 1e9:.0f}" for c in columns]),
+        ("memory for training, one card, GB", [f"{c['train']['memory_bytes'] / 1e9:.0f}" for c in columns]),
     ]
     head = [f"{card.name}: {card.memory / 1e9:.0f} GB, {card.bandwidth / 1e12:.3g} TB/s"]
     return markdown.grid(head + [c["model"] for c in columns], [(title, *cells) for title, cells in rows], 1)

@@ -123,7 +123,7 @@ def test_what_does_not_fit_has_no_times(capsys):
     assert small["cycles"][0]["speedups"]["2.0"] == pytest.approx(2 / small["cycles"][0]["pays_from_tau"])
     assert not large["fits"] and large["plain_ms"]["expected"] is None and large["distil"]["hours"] is None
     assert any("2.03x" in line for line in result["basis"])
-    assert "| fits | yes | no |" in printed(capsys, "7B", "30B", "--gpu", "A10")
+    assert "| fits, to serve | yes | no |" in printed(capsys, "7B", "30B", "--gpu", "A10")
 
 
 def test_the_document_shows_what_the_command_prints(capsys):
