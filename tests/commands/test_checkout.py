@@ -43,7 +43,7 @@ def clone(tmp_path):
     """A small checkout: what tells its state, committed. Gives (folder, git_state in it)."""
     root = tmp_path / "clone"
     (root / "fastmtp").mkdir(parents=True)
-    for name in ("pyproject.toml", *(f"fastmtp/{n}.py" for n in ("__init__", "checkout"))):
+    for name in (".gitignore", "pyproject.toml", *(f"fastmtp/{n}.py" for n in ("__init__", "checkout"))):
         shutil.copy(REPOSITORY / name, root / name)
 
     def state(**environment: str) -> dict:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers.tiny import tiny_model
 
-from fastmtp.data.recipe_check import has_flash_attn
+from fastmtp.data.recipe_check import flash_attn_fault
 from fastmtp.head.losses import IGNORE, cross_entropy
 from fastmtp.head.recursion import chain_attention, visible
 from fastmtp.head.teacher import likeliest, soft_cross_entropy
@@ -29,8 +29,8 @@ def near(found: torch.Tensor, wanted: torch.Tensor, share: float) -> None:
 @pytest.mark.parametrize("own", [0, 1, 2, 6])
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_attention(width, heads, groups, own, flash_attn, request):
-    if flash_attn and not has_flash_attn():
-        pytest.skip("flash-attn-4 is not installed")
+    if flash_attn and (fault := flash_attn_fault()):
+        pytest.skip(f"flash-attn-4 does not load: {fault}")
     request.addfinalizer(lambda: use_flash_attn(False))
     use_flash_attn(flash_attn)
     torch.manual_seed(own)
