@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 
 from fastmtp.cli import InputError
 from fastmtp.data.recipe import HEAD_KEYS
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.head.recursion import ATTENTIONS
+from fastmtp.head.varlen import load_flash_attn
 
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length")
 WHOLE = (
@@ -106,7 +106,7 @@ def flash_attn_fault() -> str | None:
     `flash_attn.cute` without the compiler that it needs.
     """
     try:
-        importlib.import_module("flash_attn.cute.interface")
+        load_flash_attn()
     except Exception as error:  # the compiler's own errors too
         return " ".join(f"{type(error).__name__}: {error}".split())
     return None

@@ -49,6 +49,12 @@ def flash_usable(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
+def load_flash_attn() -> ModuleType:
+    """FlashAttention 4's functions. Raises ImportError without the package, and what its compiler raises."""
+    # by name: transformers wants every import of a checkpoint's code installed
+    return importlib.import_module("flash_attn.cute.interface")
+
+
 def use_flash_attn(on: bool) -> None:
     """Packed attention of this process goes through FlashAttention 4 (flash-attn-4) from now on, or through
     torch's kernels again, which are FlashAttention 2.
@@ -59,8 +65,7 @@ def use_flash_attn(on: bool) -> None:
     if not on:
         _flash_attn = None
         return
-    # by name: transformers wants every import of a checkpoint's code installed
-    interface = importlib.import_module("flash_attn.cute.interface")
+    interface = load_flash_attn()
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
         raise RuntimeError("flash-attn-4 trains on Hopper and later GPUs only; leave mtp_flash_attn out")
     _flash_attn = interface
