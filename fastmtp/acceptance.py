@@ -11,6 +11,7 @@ the inputs, and writes tables and JSON. Trees are fitted on every other answer a
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.inputs import shipped, whole_numbers
 from fastmtp.reference.model import check, head_for, load, put_head
 from fastmtp.reference.ranks import measure_ranks, measure_trees, tree_table
-from fastmtp.reference.teacher_forced import FULL, Results, as_json, measure_at, table
+from fastmtp.reference.teacher_forced import FULL, Results, as_json, measure_at, pooled, table
+from fastmtp.show import markdown
+from fastmtp.tau import ratio
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.trees.fit import acceptance, fit, halves
 from fastmtp.trees.tree import StaticTree
@@ -159,6 +162,30 @@ def measured(args, model, samples, at, maps, vocab, trees, head) -> tuple[dict[i
     return chains, by_tree, "\n".join([*tables, *extra])
 
 
+def ratios(by_head: dict[str, dict[int, Results]]) -> list[dict]:
+    """tau of every head but the first over the first's, pooled over all answers, by map and K. The heads meet
+    the same answers, so the intervals are paired.
+    """
+    first, *others = by_head
+    names = dict.fromkeys(name for _, _, name in next(iter(by_head[first].values())))
+    rows = []
+    for head, name, (steps, results) in itertools.product(others, names, by_head[first].items()):
+        found = ratio(pooled(by_head[head][steps], name), pooled(results, name))
+        value, *interval = found or (None,)
+        rows.append({"head": head, "map": name, "k": steps, "ratio": value, "interval": interval or None})
+    return rows
+
+
+def ratio_table(rows: list[dict], first: str) -> str:
+    """The rows of `ratios` as a table."""
+    lines = []
+    for row in rows:
+        between = "-" if row["interval"] is None else "{:.3f} to {:.3f}".format(*row["interval"])
+        lines.append([row["head"], row["map"], row["k"], markdown.number(row["ratio"], ".3f"), between])
+    grid = markdown.grid(["head", "map", "K", "ratio", "95 %"], lines, text=2)
+    return f"tau over that of {first} on the same answers, paired intervals\n\n{grid}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "num_steps", "limit")
@@ -181,17 +208,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = load(args.model, args.dtype, args.device)
     chain_rows, tree_rows, tables = {steps: [] for steps in at}, defaultdict(list), []
+    by_head: dict[str, dict[int, Results]] = {}
     for name, head in heads.items():
         put_head(model.net, name if args.head else args.model, head)
-        chains, by_tree, text = measured(args, model, samples, at, maps, vocab, trees, name)
+        by_head[name], by_tree, text = measured(args, model, samples, at, maps, vocab, trees, name)
         tables.append(text)
-        for steps, results in chains.items():
+        for steps, results in by_head[name].items():
             chain_rows[steps] += as_json(results, name)
         for tree, results in by_tree.items():
             tree_rows[tree] += as_json(results, name)
     largest = chain_rows.pop(args.num_steps)
     figures = {"num_steps": args.num_steps, "rows": largest, "at": chain_rows}
     figures |= {"trees": tree_rows} if tree_rows else {}
+    if len(heads) > 1:
+        figures["ratios"] = ratios(by_head)
+        tables.append(ratio_table(figures["ratios"], next(iter(heads))))
     if args.out:
         files.write_json(args.out, figures)
         sources = [*args.token_map, *(parse_maps(args.token_maps).values() if args.token_maps else [])]

@@ -110,6 +110,16 @@ def bounds(draws: Tensor) -> tuple[float, float] | None:
     return low, high
 
 
+def ratio(part: Acceptance, reference: Acceptance) -> tuple[float, float, float] | None:
+    """tau over that of the reference on the same answers in the same order, and its paired 95 % interval.
+    None if either verified nothing.
+    """
+    if not (part.verify_passes and reference.verify_passes):
+        return None
+    low, high = bounds(bootstrap(part.samples) / bootstrap(reference.samples))
+    return part.accept_length / reference.accept_length, low, high
+
+
 def walk(hits: Tensor) -> list[int]:
     """Histogram of accepted drafts of one answer. hits: [n-1, K] bool, row i: the anchor whose next token is
     answer token i; hits[i, k] says that draft k+1 equals answer token i+k+1 (False past the end). n: answer

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastmtp import files
 from fastmtp.inputs import read_json
 from fastmtp.show.markdown import grid, number
-from fastmtp.tau import Acceptance, bootstrap, bounds
+from fastmtp.tau import Acceptance, ratio
 
 REFERENCE = "self"  # FastMTP as published: the model's own answers, `paper` attention, labels from the text
 
@@ -69,12 +69,9 @@ def at(result: dict, steps: str, results: list[dict]) -> dict:
     }
     for other in results:
         if other["arm"] == REFERENCE and other is not result:
-            reference = parts(other, steps)["all"]
-            if row["interval"] is None or reference.interval is None:  # nothing was verified
-                continue
-            ratio = bootstrap(by_source["all"].samples) / bootstrap(reference.samples)
-            row["gain"] = by_source["all"].accept_length / reference.accept_length - 1
-            row["gain_interval"] = [bound - 1 for bound in bounds(ratio)]
+            found = ratio(by_source["all"], parts(other, steps)["all"])
+            if found is not None:
+                row["gain"], *row["gain_interval"] = (figure - 1 for figure in found)
     return row
 
 

@@ -94,3 +94,24 @@ def test_the_command_writes_a_head_that_export_takes(base_folder, tmp_path, caps
     main([*argv[:-1], str(tmp_path / "again")])
     second = load_file(tmp_path / "again" / "model.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_acceptance_compares_two_heads_on_the_same_answers(base_folder, tmp_path, capsys):
+    rows = [{"prompt_ids": text[:10], "output_ids": text[10:]} for text in texts(20)]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", str(base_folder), "--data", str(data), "--device", "cpu"]
+    heads = [str(tmp_path / "some"), str(tmp_path / "all")]
+    main([*common, "--limit", "8", "--out", heads[0]])
+    main([*common, "--out", heads[1]])
+    capsys.readouterr()
+    words = [*common, "--head", heads[0], "--head", heads[1], "--num-steps", "2", "--at", "1"]
+    acceptance.main([*words, "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    one, two = (row["accept_length"] for row in figures["rows"])
+    (at_1, at_2) = figures["ratios"]
+    assert (at_1["k"], at_2["k"]) == (1, 2) and at_2["head"] == heads[1]
+    assert at_2["ratio"] == pytest.approx(two / one) and one != two
+    assert at_2["interval"][0] <= at_2["ratio"] <= at_2["interval"][1]
+    acceptance.main(words)
+    assert f"tau over that of {heads[0]} on the same answers" in capsys.readouterr().out

@@ -5,7 +5,16 @@ import json
 import pytest
 import torch
 
-from fastmtp.tau import Acceptance, accept_length, bootstrap, bounds, position_rates, resample, walk
+from fastmtp.tau import (
+    Acceptance,
+    accept_length,
+    bootstrap,
+    bounds,
+    position_rates,
+    ratio,
+    resample,
+    walk,
+)
 
 
 def test_by_hand():
@@ -63,3 +72,16 @@ def test_walk_by_hand():
     assert walk(hits) == [1, 1, 1]
     assert walk(torch.zeros(4, 3, dtype=torch.bool)) == [4, 0, 0, 0]
     assert walk(torch.zeros(0, 2, dtype=torch.bool)) == [0, 0, 0]
+
+
+def test_the_ratio_of_two_heads_is_paired():
+    """Answers differ much more than heads do: a head that needs a tenth fewer passes on each is sure to."""
+    answers = [(100 * n, 50 * n * (1 + n % 3)) for n in range(1, 30)]
+    first, second = Acceptance(), Acceptance()
+    for tokens, passes in answers:
+        first.add(tokens, [passes])
+        second.add(tokens, [passes * 9 // 10])
+    assert first.interval[1] / first.interval[0] > 1.2
+    assert ratio(second, first) == pytest.approx((10 / 9, 10 / 9, 10 / 9))
+    assert ratio(first, first) == pytest.approx((1, 1, 1))
+    assert ratio(Acceptance(), first) is None and ratio(first, Acceptance()) is None
