@@ -35,9 +35,7 @@ def add_arguments(p: Parser) -> None:
     p.add_argument("--top-p", type=float, default=1.0, help="sample from this share (default %(default)g)")
     p.add_argument("--seed", type=int, default=0, help="of sampling, if the temperature is above 0")
     p.add_argument("--parallel", type=int, default=1, help="requests in flight; speed-ups are defined at 1")
-    p.add_argument(
-        "--at-once", type=int, default=1, help="servers started side by side, asked one after the other"
-    )
+    p.add_argument("--at-once", type=int, default=1, help="servers started side by side and asked in turns")
     p.add_argument(
         "--gpus",
         type=int,

@@ -104,20 +104,23 @@ async def collect(
     num_steps: int,
     parallel: int = 1,
     name: str = "",
+    turn: contextlib.AbstractAsyncContextManager | None = None,
 ) -> list[dict]:
     """Answers of all questions in order; those that `answers` has are not asked again.
 
-    Warm-up requests go first and are not kept; the prefix cache is emptied before the first question. Raises
-    BackendError when the backend fails: what was finished is kept. If it refuses a question, the others are
-    still asked.
+    Warm-up requests go first and are not kept; the prefix cache is emptied before the first question. `turn`,
+    a lock that arms on one card share, is held for each question. Raises BackendError when the backend fails:
+    what was finished is kept. If it refuses a question, the others are still asked.
     """
+    turn = turn or contextlib.nullcontext()
     keys = question_keys(prompts.task, questions)
     missing = {
         key: question for key, question in zip(keys, questions, strict=True) if key not in answers.rows
     }
     if not missing:
         return answers.to(keys)
-    await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
+    async with turn:
+        await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
     free = asyncio.Semaphore(parallel)
     total = len(set(keys))
     bar = Bar(
@@ -130,7 +133,7 @@ async def collect(
     rejected: list[tuple[str, Exception]] = []
 
     async def one(key: str, question: list[str]) -> None:
-        async with free:
+        async with free, turn:
             try:
                 answers.add(key, await _answer(backend, prompts, key, question, settings, num_steps))
             except (Rejected, TemplateError) as error:

@@ -13,7 +13,8 @@ def markdown(report: dict) -> str:
         "# Speed and accept length",
         f"{_place(report['environment'])}. {' '.join(report['facts'])}",
         "Means over tasks, with 95 % bootstrap intervals over questions. Accept length: tokens per verify "
-        "pass. Decode: without the time to the first token.",
+        "pass. Decode: without the time to the first token. Milliseconds of a pass: median, and 10th to "
+        "90th percentile, over answers.",
         _summary(report),
     ]
     if report["warnings"]:
@@ -45,9 +46,11 @@ def _place(environment: dict) -> str:
 def _summary(report: dict) -> str:
     """One line per arm: what a reader looks for first."""
     head = ["arm", "accept length", "decode speed-up", "end-to-end speed-up", "decode tok/s"]
+    head += ["ms per pass"]
     rows = []
     for name in report["arms"]:
         cell, spans = report["average"][name], report["average"][name]["intervals"]
+        low, middle, high = report["pass_ms"][name] or [None] * 3
         drafts = bool(report["cells"][name][report["tasks"][0]]["num_steps"])
         rows.append(
             [
@@ -56,6 +59,7 @@ def _summary(report: dict) -> str:
                 _spanned(cell["decode_speedup"], spans.get("decode_speedup"), ".2f") if drafts else "1",
                 _spanned(cell["speedup"], spans.get("speedup"), ".2f") if drafts else "1",
                 number(cell["decode_throughput"], ".1f"),
+                _spanned(middle, None if low is None else [low, high], ".2f"),
                 _rates(report["position_rates"][name]),
             ]
         )

@@ -24,7 +24,7 @@ from evaluation.arguments import add_arguments
 from evaluation.arms import Arm
 from evaluation.backend_vllm import VllmServer
 from evaluation.backends import BackendError, Reference, Rejected, Server
-from evaluation.plan import Plan
+from evaluation.plan import REPEAT, Plan
 from evaluation.questions import Task, question_keys
 from fastmtp.cli import Parser, at_least, run, split_at_dashes
 from fastmtp.engines import process, sglang
@@ -101,25 +101,36 @@ def _groups(plan: Plan, jobs: list[tuple[Arm, int]]) -> list[list[tuple[Arm, int
 
 
 async def _ask_group(plan: Plan, kept: dict, group: list[tuple[Arm, int]], urls: list[str | None]) -> None:
-    """Ask a group's arms: at the same time if each has a card of its own, else one after the other."""
+    """Ask a group's arms: at the same time if each has a card of its own. Arms that share a card take turns,
+    question by question, so that a host or card whose pace changes meets them all alike; the baseline's
+    repetition comes after them.
+    """
+    turn = contextlib.nullcontext() if plan.cards else asyncio.Lock()
 
     async def one(arm: Arm, limit: int, url: str | None) -> None:
-        write_json(plan.note(arm), await _ask_arm(plan, kept, arm, limit, url))
+        write_json(plan.note(arm), await _ask_arm(plan, kept, arm, limit, url, turn))
 
-    asking_all = [one(arm, limit, url) for (arm, limit), url in zip(group, urls, strict=True)]
-    if not plan.cards:
-        for ask in asking_all:
-            await ask
-        return
-    # An arm that fails must not take what the others still answer.
-    outcomes = await asyncio.gather(*asking_all, return_exceptions=True)
-    for error in filter(None, outcomes):
-        raise error
+    jobs = [(arm, limit, url) for (arm, limit), url in zip(group, urls, strict=True)]
+    last = [] if plan.cards else [job for job in jobs if job[0].name == REPEAT]
+    for together in ([job for job in jobs if job not in last], last):
+        # An arm that fails must not take what the others still answer.
+        outcomes = await asyncio.gather(*(one(*job) for job in together), return_exceptions=True)
+        for error in filter(None, outcomes):
+            raise error
 
 
-async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None) -> dict:
-    """Ask one arm everything that is missing; its environment."""
+async def _ask_arm(
+    plan: Plan,
+    kept: dict,
+    arm: Arm,
+    limit: int,
+    url: str | None,
+    turn: contextlib.AbstractAsyncContextManager,
+) -> dict:
+    """Ask one arm everything that is missing; its environment. `turn` is held while it uses the card."""
     a = plan.args
+    # Requests that overlap have no turns of their own: the arm keeps the card for a whole task.
+    task_turn, turn_each = (turn, None) if a.parallel > 1 else (contextlib.nullcontext(), turn)
     if url is None:
         backend = Reference(arm.model, plan.dtype, a.device, arm.tree or arm.num_steps, arm.token_map)
     elif plan.engine:
@@ -133,14 +144,24 @@ async def _ask_arm(plan: Plan, kept: dict, arm: Arm, limit: int, url: str | None
             prompts = asking.Prompts(plan.tokenizers[arm.model], task)
             questions, answers = plan.questions[task.name][:limit], kept[arm.name, task.name]
             try:
-                await asking.collect(
-                    backend, prompts, questions, plan.settings, answers, arm.num_steps, a.parallel, arm.name
-                )
+                async with task_turn:
+                    await asking.collect(
+                        backend,
+                        prompts,
+                        questions,
+                        plan.settings,
+                        answers,
+                        arm.num_steps,
+                        a.parallel,
+                        arm.name,
+                        turn_each,
+                    )
             except Rejected as error:  # the other tasks' questions are asked all the same
                 refused = refused or error
         if refused:
             raise refused
-        await streams.ask(backend, plan, arm)
+        async with turn:
+            await streams.ask(backend, plan, arm)
     card = {"card": arm.card} if plan.cards else {}
     return conditions.environment(info, a.backend) | card
 

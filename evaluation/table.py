@@ -12,6 +12,7 @@ from evaluation import cards, metrics
 from evaluation.plan import REPEAT
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
+PACE_LIMIT = 1.5  # 90th over 10th percentile of an arm's milliseconds per pass
 MEANS = ("speedup", "decode_speedup", "accept_length", "throughput", "decode_throughput")
 FEW = 20  # questions below which an interval says little
 
@@ -51,11 +52,18 @@ def build(
     for line in repeats:  # of several cards the one that drifted most
         if line["speedup"] and abs(line["speedup"] - 1) >= abs(drift.get(line["task"], 0)):
             drift[line["task"]] = line["speedup"] - 1
+    passes = {name: metrics.pass_ms([a for task in tasks for a in answers[name, task]]) for name in arms}
     report = {"tasks": tasks, "titles": titles, "arms": arms, "cells": cells, "average": average}
-    report |= {"position_rates": pooled, "drift": drift, "cards": _cards(plain), "streams": streams or []}
+    report |= {
+        "position_rates": pooled,
+        "pass_ms": passes,
+        "drift": drift,
+        "cards": _cards(plain),
+        "streams": streams or [],
+    }
     environment = lines[0]["environment"] | {"dtype": lines[0]["config"].get("dtype")}
     report |= {"facts": facts(lines[0]), "environment": environment}
-    return report | {"warnings": warnings(lines, drift)}
+    return report | {"warnings": [*unsteady(cells, titles), *warnings(lines, drift)]}
 
 
 def _cell(line: dict, answers: dict[tuple[str, str], list[dict]], lines: list[dict]) -> tuple[dict, dict]:
@@ -70,6 +78,7 @@ def _cell(line: dict, answers: dict[tuple[str, str], list[dict]], lines: list[di
     before = metrics.decode_throughput(plain) if plain else None
     now = line["decode_throughput"]
     cell["decode_speedup"] = now / before if now and before else 1.0 if line["arm"] == "baseline" else None
+    cell["pass_ms"] = metrics.pass_ms(rows)
     return cell | {"intervals": metrics.intervals(draws)}, draws
 
 
@@ -113,6 +122,23 @@ def _mean(values) -> float | None:
     """None if one of the values is unknown: a mean of the others would not be that of all tasks."""
     values = list(values)
     return None if None in values else sum(values) / len(values)
+
+
+def unsteady(cells: dict[str, dict[str, dict]], titles: dict[str, str]) -> list[str]:
+    """A sentence on the arm and task whose answers' passes differ most in length, if by over PACE_LIMIT."""
+    times = {
+        (name, task): cell["pass_ms"] for name, by_task in cells.items() for task, cell in by_task.items()
+    }
+    times = {place: found for place, found in times.items() if found and found[0] > 0}
+    spread = {place: high / low for place, (low, _, high) in times.items()}
+    worst = max(spread, key=spread.__getitem__, default=None)
+    if worst is None or spread[worst] <= PACE_LIMIT:
+        return []
+    low, _, high = times[worst]
+    return [
+        f"{worst[0]} on {titles[worst[1]]}: a pass took {low:.1f} to {high:.1f} ms (10 to 90 % of answers): "
+        "the host or the card changed its pace. Compare speeds only of arms that took turns (--at-once)."
+    ]
 
 
 def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evaluation import metrics
+from evaluation import metrics, table
 
 CONTRACT = (
     "task arm model num_questions num_steps token_map temperature output_tokens wall_s throughput "
@@ -146,3 +146,28 @@ def test_answers_without_a_token_are_neither_lossless_nor_a_number():
     assert (made["throughput"], made["speedup"], made["accept_length"]) == (None, None, None)
     json.dumps([made, metrics.intervals(metrics.draws(empty, empty))], allow_nan=False)
     assert metrics.identical([answer("a", turn(0))], [answer("a", turn(2))])["identical"] == 0
+
+
+def test_the_time_of_a_pass_leaves_out_the_first_token_and_short_answers():
+    slow = answer("c", turn(60, 20, latency=0.5, first=0.1))  # 20 ms a pass
+    fast = answer("d", turn(60, 30, latency=0.4, first=0.1))  # 10 ms
+    short = answer("e", turn(9, 4, latency=9.0, first=0.1))
+    assert metrics.pass_ms([slow, fast, short]) == pytest.approx([11, 15, 19])
+    assert metrics.pass_ms([answer("p", turn(50, latency=1.1, first=0.1))]) == pytest.approx([20, 20, 20])
+    assert metrics.pass_ms([short]) is None
+
+
+@pytest.mark.parametrize("high, said", [(14.0, 0), (16.0, 1)])
+def test_a_pace_that_changed_within_a_task_is_said(high, said):
+    steady, other, unknown = (
+        {"pass_ms": [9.0, 10.0, 11.0]},
+        {"pass_ms": [10.0, 12.0, high]},
+        {"pass_ms": None},
+    )
+    cells = {
+        "baseline": {"a": steady, "b": unknown},
+        "fastmtp:1": {"a": {"pass_ms": [0.0, 0.0, 0.0]}, "b": other},
+    }
+    found = table.unsteady(cells, {"a": "A", "b": "B"})
+    assert len(found) == said
+    assert all(text.startswith("fastmtp:1 on B: a pass took 10.0 to 16.0 ms") for text in found)

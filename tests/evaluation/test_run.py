@@ -87,6 +87,27 @@ def test_servers_at_once_get_ports_and_memory_of_their_own(model, short_tasks, s
         run.main(arguments(model, short_tasks, out, *more, "--at-once", "0"))
 
 
+def test_arms_on_one_card_take_turns_question_by_question(model, short_tasks, started, tmp_path, monkeypatch):
+    monkeypatch.setenv(PAUSE, "0.001")
+    more = ["--arms", "baseline,fastmtp:1,fastmtp:2", "--tasks", "nq_qa,nq_rag", "--at-once", "4"]
+    more += ["--repeat-questions", "2", "--port", str(free_port())]
+    out = tmp_path / "out"
+    run.main(arguments(model, short_tasks, out, *more))
+    spans = sorted(
+        (turn["started"], turn["started"] + turn["latency_s"], path.parent.name)
+        for path in (out / "answers").glob("*/*.jsonl")
+        for row in read(path)
+        for turn in row["turns"]
+    )
+    assert all(stop <= begin for (_, stop, _), (begin, _, _) in zip(spans, spans[1:], strict=False))
+    folders = [folder for _, _, folder in spans]
+    arms = ["baseline", "fastmtp-1", "fastmtp-2"]
+    asked = folders.count("baseline")
+    assert asked > 4 and sorted(folders[:3]) == arms
+    assert all(sorted(folders[n : n + 3]) == arms for n in range(0, 3 * asked, 3))
+    assert set(folders[3 * asked :]) == {REPEAT}  # at the end, when no other arm is asked
+
+
 def test_a_tree_arm_is_served_and_never_taken_for_another_tree(model, short_tasks, started, tmp_path):
     out = tmp_path / "out"
     for nodes, asked in (("8", True), ("8", False), ("16", True)):
