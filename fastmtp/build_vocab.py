@@ -251,12 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     claim(out, names, sizes, args.compare)
 
     # One pass over the corpus, then each language's and size's map from the same counts.
-    try:
-        counts = gather(args, tokenizer, paths, names)
-        langs = languages(counts, names)
-    except InputError:
-        files.abandon(out)
-        raise
+    counts = gather(args, tokenizer, paths, names)
+    langs = languages(counts, names)
     rankings = {lang: rank(counts.tables[lang][COUNTED]) for lang in langs}
     if len(langs) > 1:
         rankings[UNION] = union_rank(list(rankings.values()), counts.size)

@@ -121,6 +121,9 @@ def run(main: Callable[[], None], name: str | None = None) -> NoReturn:
         main()
         sys.stdout.flush()  # a full disk behind `> file` shows here; afterwards it would pass for success
     except InputError as error:
+        from fastmtp import files  # which needs this module
+
+        files.withdraw()
         _stop(2, f"{name}: error: {error}")
     except KeyboardInterrupt:
         _stop(1, f"{name}: interrupted{_after_interruption(name)}")

@@ -77,6 +77,9 @@ def check_output(path: str | Path) -> None:
 
 
 _claimed: dict[Path, int] = {}  # records that this process holds open and locked, until it ends
+_new: dict[
+    Path, tuple[Path, bool]
+] = {}  # those that it wrote first: the output, and whether it is a new folder
 
 
 def claim(output: str | Path, folder: bool = False, depends: dict[str, object] | None = None) -> None:
@@ -88,6 +91,7 @@ def claim(output: str | Path, folder: bool = False, depends: dict[str, object] |
     an output that is not ours or that another process is writing.
     """
     output = Path(output)
+    new_folder = folder and not output.exists()
     if folder:
         output.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +126,8 @@ def claim(output: str | Path, folder: bool = False, depends: dict[str, object] |
             os.write(
                 handle, json.dumps(facts | ({} if depends is None else {"fingerprint": depends})).encode()
             )
+    if not size:
+        _new[record.absolute()] = output.absolute(), new_folder
     _claimed[record.absolute()] = handle
 
 
@@ -134,19 +140,27 @@ def check_apart(output: str | Path, *inputs: str | Path | None) -> None:
 
 def release(output: str | Path) -> None:
     """Let other processes write `output` again; a no-op if it is not claimed."""
-    handle = _claimed.pop(record_of(output).absolute(), None)
+    record = record_of(output).absolute()
+    _new.pop(record, None)
+    handle = _claimed.pop(record, None)
     if handle is not None:
         os.close(handle)
 
 
-def abandon(output: str | Path) -> None:
-    """Take back a claim on a folder if nothing has been written there; a no-op otherwise."""
-    output = Path(output)
-    record = record_of(output)
-    if record.absolute() in _claimed and [*output.iterdir()] == [record]:
-        record.unlink()
-        release(output)
-        output.rmdir()
+def withdraw() -> None:
+    """Take back this process's claims on outputs that never came to be: what is refused leaves no record."""
+    for record, (output, new_folder) in list(_new.items()):
+        if not record.exists():
+            continue
+        there = [p.name for p in record.parent.iterdir() if p != record]
+        if record.parent != output:  # a file: itself, and what `growing` has of it
+            there = [name for name in there if name == output.name or name.startswith(f".{output.name}.")]
+        if not there:
+            record.unlink()
+            if new_folder:
+                output.rmdir()
+            os.close(_claimed.pop(record))
+            del _new[record]
 
 
 @contextlib.contextmanager

@@ -253,6 +253,31 @@ def test_two_processes_do_not_write_one_output(tmp_path):
     assert subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0
 
 
+@pytest.mark.parametrize("ending, left", [("InputError", False), ("KeyboardInterrupt", True)])
+def test_what_is_refused_leaves_no_record(tmp_path, ending, left):
+    (tmp_path / "theirs").mkdir()
+    program = (
+        "from pathlib import Path\n"
+        "from fastmtp.cli import InputError, run\n"
+        "from fastmtp.files import claim, write_json\n"
+        "def main():\n"
+        "    for name in ('new.json', 'begun.jsonl', 'done.json'): claim(name)\n"
+        "    for name in ('ours', 'theirs', 'filled'): claim(name, folder=True)\n"
+        "    Path('.begun.jsonl.partial').write_text('{}')\n"
+        "    Path('filled/answers').write_text('{}')\n"
+        "    write_json('done.json', {})\n"
+        f"    raise {ending}('no')\n"
+        "run(main)"
+    )
+    made = subprocess.run([sys.executable, "-c", program], cwd=tmp_path)
+    assert made.returncode == (1 if left else 2)
+    records = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*run.json")}
+    kept = {"begun.jsonl.run.json", "done.json.run.json", "filled/run.json"}
+    refused = {"new.json.run.json", "ours/run.json", "theirs/run.json"}
+    assert records == (kept | refused if left else kept)
+    assert (tmp_path / "theirs").is_dir() and (tmp_path / "ours").exists() == left
+
+
 def test_a_kill_before_the_record_is_written_leaves_no_false_record(tmp_path):
     path = tmp_path / "x.jsonl"
     for seed in (0, 1):

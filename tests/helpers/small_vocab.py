@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastmtp import files
 from fastmtp.build_vocab import main
 from fastmtp.vocab import corpus
 from fastmtp.vocab.token_counts import Counter, Counts
@@ -86,6 +87,8 @@ def run(folder: str, *args, out: Path, sizes: str = "300,350") -> None:
 
 
 def leftovers(path: Path) -> list[str]:
+    """What lies in a folder after a command that was refused, or interrupted, ended as `cli.run` ends it."""
+    files.withdraw()
     return [p.name for p in path.rglob("*")] if path.exists() else []
 
 
