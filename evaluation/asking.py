@@ -15,6 +15,7 @@ from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.show.progress import Bar
 
 WARM_UP_TOKENS = 32
+NOTHING = contextlib.nullcontext()  # to hold
 
 
 @dataclass(frozen=True)
@@ -104,23 +105,22 @@ async def collect(
     num_steps: int,
     parallel: int = 1,
     name: str = "",
-    turn: contextlib.AbstractAsyncContextManager | None = None,
+    turn: contextlib.AbstractAsyncContextManager = NOTHING,
 ) -> list[dict]:
     """Answers of all questions in order; those that `answers` has are not asked again.
 
     Warm-up requests go first and are not kept; the prefix cache is emptied before the first question. `turn`,
-    a lock that arms on one card share, is held for each question. Raises BackendError when the backend fails:
-    what was finished is kept. If it refuses a question, the others are still asked.
+    a lock that arms on one card share, is held for each question, or for all if requests overlap. Raises
+    BackendError when the backend fails: what was finished is kept. If it refuses a question, the others are
+    still asked.
     """
-    turn = turn or contextlib.nullcontext()
     keys = question_keys(prompts.task, questions)
     missing = {
         key: question for key, question in zip(keys, questions, strict=True) if key not in answers.rows
     }
     if not missing:
         return answers.to(keys)
-    async with turn:
-        await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
+    for_all, for_each = (turn, NOTHING) if parallel > 1 else (NOTHING, turn)
     free = asyncio.Semaphore(parallel)
     total = len(set(keys))
     bar = Bar(
@@ -133,21 +133,24 @@ async def collect(
     rejected: list[tuple[str, Exception]] = []
 
     async def one(key: str, question: list[str]) -> None:
-        async with free, turn:
+        async with free, for_each:
             try:
                 answers.add(key, await _answer(backend, prompts, key, question, settings, num_steps))
             except (Rejected, TemplateError) as error:
                 rejected.append((question[0], error))
             bar.update()
 
-    waiting = [asyncio.ensure_future(one(key, question)) for key, question in missing.items()]
-    try:
-        await asyncio.gather(*waiting)
-    finally:
-        for request in waiting:
-            request.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        bar.close()
+    async with for_all:
+        async with for_each:
+            await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
+        waiting = [asyncio.ensure_future(one(key, question)) for key, question in missing.items()]
+        try:
+            await asyncio.gather(*waiting)
+        finally:
+            for request in waiting:
+                request.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            bar.close()
     if rejected:
         text, error = rejected[0]
         raise Rejected(

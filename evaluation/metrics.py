@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmtp import tau
 
-SHORT = 16  # verify passes below which an answer's mean pass is mostly its beginning and end
+SHORT = 16  # cycles below which an answer's mean cycle is mostly its beginning and end
 
 
 def turns(answers: list[dict]) -> list[dict]:
@@ -94,18 +94,19 @@ def decode_throughput(answers: list[dict]) -> float | None:
     return tokens / seconds if tokens and seconds > 0 else None
 
 
-def pass_ms(answers: list[dict]) -> list[float] | None:
-    """[10th, 50th, 90th percentile] over answers of the mean milliseconds of a verify pass, or of a plain
-    step, after the first token. Short answers say little and are left out; None if all are.
+def cycle_ms(answers: list[dict]) -> list[float] | None:
+    """[10th, 50th, 90th percentile] over answers of the mean milliseconds of a cycle, or of a plain step,
+    after the first chunk. Answers of fewer than SHORT are left out; None if all are.
     """
     times = []
     for turn in turns(answers):
-        passes = len(turn["output_ids"]) if turn["verify_passes"] is None else turn["verify_passes"]
-        if passes >= SHORT:
-            times.append(1000 * (turn["latency_s"] - turn["first_s"]) / passes)
-    if not times:
-        return None
-    return torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+        cycles = turn["verify_passes"]
+        if cycles is None:
+            cycles = len(turn["output_ids"]) - turn["first_tokens"]
+        if cycles >= SHORT:
+            times.append(1000 * (turn["latency_s"] - turn["first_s"]) / cycles)
+    shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    return torch.tensor(times, dtype=torch.float64).quantile(shares).tolist() if times else None
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluation import streams
+from evaluation import metrics, streams
 from fastmtp.show.markdown import grid, number
 
 
@@ -13,8 +13,8 @@ def markdown(report: dict) -> str:
         "# Speed and accept length",
         f"{_place(report['environment'])}. {' '.join(report['facts'])}",
         "Means over tasks, with 95 % bootstrap intervals over questions. Accept length: tokens per verify "
-        "pass. Decode: without the time to the first token. Milliseconds of a pass: median, and 10th to "
-        "90th percentile, over answers.",
+        "pass. Decode: without the time to the first token. Milliseconds of a cycle, or of a plain step: "
+        f"median over answers of at least {metrics.SHORT}, with their 10th and 90th percentile.",
         _summary(report),
     ]
     if report["warnings"]:
@@ -46,11 +46,11 @@ def _place(environment: dict) -> str:
 def _summary(report: dict) -> str:
     """One line per arm: what a reader looks for first."""
     head = ["arm", "accept length", "decode speed-up", "end-to-end speed-up", "decode tok/s"]
-    head += ["ms per pass"]
+    head += ["ms per cycle (10 to 90 %)", "accepted at position 1, 2, ..."]
     rows = []
     for name in report["arms"]:
         cell, spans = report["average"][name], report["average"][name]["intervals"]
-        low, middle, high = report["pass_ms"][name] or [None] * 3
+        low, middle, high = report["cycle_ms"][name] or [None] * 3
         drafts = bool(report["cells"][name][report["tasks"][0]]["num_steps"])
         rows.append(
             [
@@ -63,7 +63,7 @@ def _summary(report: dict) -> str:
                 _rates(report["position_rates"][name]),
             ]
         )
-    return grid([*head, "accepted at position 1, 2, ..."], rows)
+    return grid(head, rows)
 
 
 def _by_task(report: dict) -> str:

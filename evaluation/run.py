@@ -93,10 +93,12 @@ def _complete(plan: Plan, kept: dict[tuple[str, str], Answers], arm: Arm, limit:
 
 
 def _groups(plan: Plan, jobs: list[tuple[Arm, int]]) -> list[list[tuple[Arm, int]]]:
-    """Jobs whose servers run side by side: one per card, or --at-once of them on the one card."""
+    """Jobs whose servers run side by side: one per card, or --at-once of them on the one card. The reference
+    backend holds one model at a time.
+    """
     if plan.cards:
         return cards.rounds(jobs, len(plan.cards))
-    size = plan.args.at_once
+    size = 1 if plan.args.backend == "reference" else plan.args.at_once
     return [jobs[first : first + size] for first in range(0, len(jobs), size)]
 
 
@@ -108,7 +110,12 @@ async def _ask_group(plan: Plan, kept: dict, group: list[tuple[Arm, int]], urls:
     turn = contextlib.nullcontext() if plan.cards else asyncio.Lock()
 
     async def one(arm: Arm, limit: int, url: str | None) -> None:
-        write_json(plan.note(arm), await _ask_arm(plan, kept, arm, limit, url, turn))
+        try:
+            write_json(plan.note(arm), await _ask_arm(plan, kept, arm, limit, url, turn))
+        except BackendError as error:
+            if len(group) > 1:
+                print(f"evaluation: {arm.name}: {error}; the other arms go on", file=sys.stderr, flush=True)
+            raise
 
     jobs = [(arm, limit, url) for (arm, limit), url in zip(group, urls, strict=True)]
     last = [] if plan.cards else [job for job in jobs if job[0].name == REPEAT]
@@ -129,8 +136,6 @@ async def _ask_arm(
 ) -> dict:
     """Ask one arm everything that is missing; its environment. `turn` is held while it uses the card."""
     a = plan.args
-    # Requests that overlap have no turns of their own: the arm keeps the card for a whole task.
-    task_turn, turn_each = (turn, None) if a.parallel > 1 else (contextlib.nullcontext(), turn)
     if url is None:
         backend = Reference(arm.model, plan.dtype, a.device, arm.tree or arm.num_steps, arm.token_map)
     elif plan.engine:
@@ -144,18 +149,17 @@ async def _ask_arm(
             prompts = asking.Prompts(plan.tokenizers[arm.model], task)
             questions, answers = plan.questions[task.name][:limit], kept[arm.name, task.name]
             try:
-                async with task_turn:
-                    await asking.collect(
-                        backend,
-                        prompts,
-                        questions,
-                        plan.settings,
-                        answers,
-                        arm.num_steps,
-                        a.parallel,
-                        arm.name,
-                        turn_each,
-                    )
+                await asking.collect(
+                    backend,
+                    prompts,
+                    questions,
+                    plan.settings,
+                    answers,
+                    arm.num_steps,
+                    a.parallel,
+                    arm.name,
+                    turn,
+                )
             except Rejected as error:  # the other tasks' questions are asked all the same
                 refused = refused or error
         if refused:

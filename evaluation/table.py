@@ -12,7 +12,7 @@ from evaluation import cards, metrics
 from evaluation.plan import REPEAT
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
-PACE_LIMIT = 1.5  # 90th over 10th percentile of an arm's milliseconds per pass
+PACE_LIMIT = 1.5  # 90th over 10th percentile of an arm's milliseconds per cycle
 MEANS = ("speedup", "decode_speedup", "accept_length", "throughput", "decode_throughput")
 FEW = 20  # questions below which an interval says little
 
@@ -24,7 +24,7 @@ def build(
     streams: list[dict] | None = None,
 ) -> dict:
     """`{"tasks", "titles", "arms", "cells": {arm: {task: {...}}}, "average": {arm: {...}}, "position_rates",
-    "drift", "cards", "streams", "facts", "environment", "warnings"}`.
+    "cycle_ms", "drift", "cards", "streams", "facts", "environment", "warnings"}`.
 
     Baselines of other cards than the first, and baselines that were repeated, are no rows of the table.
     """
@@ -52,18 +52,18 @@ def build(
     for line in repeats:  # of several cards the one that drifted most
         if line["speedup"] and abs(line["speedup"] - 1) >= abs(drift.get(line["task"], 0)):
             drift[line["task"]] = line["speedup"] - 1
-    passes = {name: metrics.pass_ms([a for task in tasks for a in answers[name, task]]) for name in arms}
+    cycles = {name: metrics.cycle_ms([a for task in tasks for a in answers[name, task]]) for name in arms}
     report = {"tasks": tasks, "titles": titles, "arms": arms, "cells": cells, "average": average}
     report |= {
         "position_rates": pooled,
-        "pass_ms": passes,
+        "cycle_ms": cycles,
         "drift": drift,
         "cards": _cards(plain),
         "streams": streams or [],
     }
     environment = lines[0]["environment"] | {"dtype": lines[0]["config"].get("dtype")}
     report |= {"facts": facts(lines[0]), "environment": environment}
-    return report | {"warnings": [*unsteady(cells, titles), *warnings(lines, drift)]}
+    return report | {"warnings": [*unsteady(lines, cycles), *warnings(lines, drift)]}
 
 
 def _cell(line: dict, answers: dict[tuple[str, str], list[dict]], lines: list[dict]) -> tuple[dict, dict]:
@@ -78,7 +78,6 @@ def _cell(line: dict, answers: dict[tuple[str, str], list[dict]], lines: list[di
     before = metrics.decode_throughput(plain) if plain else None
     now = line["decode_throughput"]
     cell["decode_speedup"] = now / before if now and before else 1.0 if line["arm"] == "baseline" else None
-    cell["pass_ms"] = metrics.pass_ms(rows)
     return cell | {"intervals": metrics.intervals(draws)}, draws
 
 
@@ -124,20 +123,23 @@ def _mean(values) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def unsteady(cells: dict[str, dict[str, dict]], titles: dict[str, str]) -> list[str]:
-    """A sentence on the arm and task whose answers' passes differ most in length, if by over PACE_LIMIT."""
-    times = {
-        (name, task): cell["pass_ms"] for name, by_task in cells.items() for task, cell in by_task.items()
+def unsteady(lines: list[dict], cycles: dict[str, list[float] | None]) -> list[str]:
+    """A sentence on the arm whose cycles differ most in length over the answers, if by over PACE_LIMIT.
+
+    Requests in flight together, and steps that change, make cycles differ by themselves.
+    """
+    if lines[0]["config"].get("parallel", 1) > 1:
+        return []
+    spread = {
+        n: ms[2] / ms[0] for n, ms in cycles.items() if ms and ms[0] > 0 and not n.endswith("@adaptive")
     }
-    times = {place: found for place, found in times.items() if found and found[0] > 0}
-    spread = {place: high / low for place, (low, _, high) in times.items()}
     worst = max(spread, key=spread.__getitem__, default=None)
     if worst is None or spread[worst] <= PACE_LIMIT:
         return []
-    low, _, high = times[worst]
+    low, _, high = cycles[worst]
     return [
-        f"{worst[0]} on {titles[worst[1]]}: a pass took {low:.1f} to {high:.1f} ms (10 to 90 % of answers): "
-        "the host or the card changed its pace. Compare speeds only of arms that took turns (--at-once)."
+        f"{worst}: a cycle took {low:.1f} to {high:.1f} ms (10th to 90th percentile of the answers). If the "
+        "texts' lengths do not explain it, arms that were not asked in turns (--at-once) cannot be compared."
     ]
 
 

@@ -20,6 +20,13 @@ def checkout() -> Path | None:
     return root if 'name = "fastmtp"' in project else None
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process that must import this package, even if it is not installed."""
+    return os.pathsep.join(
+        [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+
+
 def command_line() -> str:
     """The command that is running, as a user would type it: no paths of this installation, no keys."""
     program, words = Path(sys.argv[0]), _without_keys(sys.argv[1:])

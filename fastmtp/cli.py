@@ -74,6 +74,9 @@ COMMANDS = {
 }
 
 
+before_refusal: list[Callable[[], None]] = []  # called when a command ends on an InputError
+
+
 class InputError(Exception):
     """Wrong use or bad input. The message is one line: what is wrong, where, and what to do."""
 
@@ -121,9 +124,8 @@ def run(main: Callable[[], None], name: str | None = None) -> NoReturn:
         main()
         sys.stdout.flush()  # a full disk behind `> file` shows here; afterwards it would pass for success
     except InputError as error:
-        from fastmtp import files  # which needs this module
-
-        files.withdraw()
+        for undo in before_refusal:
+            undo()
         _stop(2, f"{name}: error: {error}")
     except KeyboardInterrupt:
         _stop(1, f"{name}: interrupted{_after_interruption(name)}")

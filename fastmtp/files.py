@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fastmtp import fingerprint, leftovers
 from fastmtp.checkout import command_line, git_state
-from fastmtp.cli import InputError
+from fastmtp.cli import InputError, before_refusal
 
 
 def record_of(output: str | Path) -> Path:
@@ -163,6 +163,9 @@ def withdraw() -> None:
             del _new[record]
 
 
+before_refusal.append(withdraw)
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path` (file or folder, the caller makes it); rename it there on success.
@@ -284,13 +287,6 @@ def _whole_rows(partial: Path, key: str) -> dict[str, dict]:
     if len(whole) < len(text):
         os.truncate(partial, len(whole))
     return {row[key]: row for row in map(json.loads, whole.splitlines())}
-
-
-def python_path() -> str:
-    """PYTHONPATH for a process that must import this package, even if it is not installed."""
-    return os.pathsep.join(
-        [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
 
 
 def sha256(path: str | Path) -> str:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastmtp import files
+from fastmtp import checkout
 from fastmtp.data.start_up import StartUp
 from fastmtp.data.training_run import RECORD
 from fastmtp.leftovers import is_running
@@ -31,7 +31,7 @@ def launch(recipe: dict, folder: Path) -> Iterator[subprocess.Popen]:
     environment = {
         **{name: str(value) for name, value in (recipe.get("ENV") or {}).items()},
         **os.environ,
-        "PYTHONPATH": files.python_path(),  # the plugin imports the package
+        "PYTHONPATH": checkout.python_path(),  # the plugin imports the package
         "FASTMTP_PARENT": str(os.getpid()),
         "FASTMTP_RECORD": str((Path(recipe["output_dir"]) / RECORD).absolute()),
     }

@@ -112,8 +112,10 @@ def bounds(draws: Tensor) -> tuple[float, float] | None:
 
 def ratio(part: Acceptance, reference: Acceptance) -> tuple[float, float, float] | None:
     """tau over that of the reference on the same answers in the same order, and its paired 95 % interval.
-    None if either verified nothing.
+    None if either verified nothing. Raises ValueError if the numbers of answers differ.
     """
+    if len(part.samples) != len(reference.samples):
+        raise ValueError(f"{len(part.samples)} and {len(reference.samples)} answers cannot be paired")
     if not (part.verify_passes and reference.verify_passes):
         return None
     low, high = bounds(bootstrap(part.samples) / bootstrap(reference.samples))

@@ -71,7 +71,8 @@ def at(result: dict, steps: str, results: list[dict]) -> dict:
         if other["arm"] == REFERENCE and other is not result:
             found = ratio(by_source["all"], parts(other, steps)["all"])
             if found is not None:
-                row["gain"], *row["gain_interval"] = (figure - 1 for figure in found)
+                row["gain"] = found[0] - 1
+                row["gain_interval"] = [bound - 1 for bound in found[1:]]
     return row
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from fastmtp.checkout import python_path
 from fastmtp.checkpoint import CONTRACT_KEY
 from fastmtp.cli import InputError
 from fastmtp.engines.address import check_host, check_port
@@ -23,7 +24,6 @@ from fastmtp.engines.request import Serving
 from fastmtp.engines.sglang_flags import ALIASES, canonical, merged, values
 from fastmtp.engines.sglang_flags import split_flags as split_flags
 from fastmtp.engines.sglang_flags import without as without
-from fastmtp.files import python_path
 from fastmtp.inputs import existing, read_json
 from fastmtp.tokenizer import load_tokenizer
 from fastmtp.trees.tree import DynamicTree

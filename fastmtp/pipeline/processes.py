@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastmtp.files import python_path
+from fastmtp.checkout import python_path
 from fastmtp.pipeline.stages import Stage
 
 PATIENCE = 60  # seconds that an interrupted command has to end its servers

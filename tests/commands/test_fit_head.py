@@ -109,7 +109,7 @@ def test_acceptance_compares_two_heads_on_the_same_answers(base_folder, tmp_path
     acceptance.main([*words, "--json"])
     figures = json.loads(capsys.readouterr().out)
     one, two = (row["accept_length"] for row in figures["rows"])
-    (at_1, at_2) = figures["ratios"]
+    at_1, at_2 = figures["ratios"]
     assert (at_1["k"], at_2["k"]) == (1, 2) and at_2["head"] == heads[1]
     assert at_2["ratio"] == pytest.approx(two / one) and one != two
     assert at_2["interval"][0] <= at_2["ratio"] <= at_2["interval"][1]

@@ -75,7 +75,9 @@ def test_walk_by_hand():
 
 
 def test_the_ratio_of_two_heads_is_paired():
-    """Answers differ much more than heads do: a head that needs a tenth fewer passes on each is sure to."""
+    """Answers differ more than heads do, but a head that needs a tenth fewer passes on every answer has a
+    narrow ratio.
+    """
     answers = [(100 * n, 50 * n * (1 + n % 3)) for n in range(1, 30)]
     first, second = Acceptance(), Acceptance()
     for tokens, passes in answers:
@@ -84,4 +86,7 @@ def test_the_ratio_of_two_heads_is_paired():
     assert first.interval[1] / first.interval[0] > 1.2
     assert ratio(second, first) == pytest.approx((10 / 9, 10 / 9, 10 / 9))
     assert ratio(first, first) == pytest.approx((1, 1, 1))
-    assert ratio(Acceptance(), first) is None and ratio(first, Acceptance()) is None
+    empty = Acceptance(samples=[(1, 0)] * len(answers))
+    assert ratio(empty, first) is None and ratio(first, empty) is None
+    with pytest.raises(ValueError, match="0 and 29 answers"):
+        ratio(Acceptance(), first)

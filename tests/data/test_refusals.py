@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.stand_in import StandIn
 
-from fastmtp import distill, files
+from fastmtp import checkout, distill
 from fastmtp.cli import InputError
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -191,7 +191,7 @@ def test_the_same_output_twice_at_once_is_refused(place):
     code = (
         "import sys; from fastmtp.files import claim; claim('out.jsonl'); print('held', flush=True); input()"
     )
-    environment = {**os.environ, "PYTHONPATH": files.python_path()}
+    environment = {**os.environ, "PYTHONPATH": checkout.python_path()}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as other:
         assert other.stdout.readline() == b"held\n"

@@ -148,26 +148,22 @@ def test_answers_without_a_token_are_neither_lossless_nor_a_number():
     assert metrics.identical([answer("a", turn(0))], [answer("a", turn(2))])["identical"] == 0
 
 
-def test_the_time_of_a_pass_leaves_out_the_first_token_and_short_answers():
-    slow = answer("c", turn(60, 20, latency=0.5, first=0.1))  # 20 ms a pass
+def test_the_time_of_a_cycle_leaves_out_the_first_chunk_and_short_answers():
+    slow = answer("c", turn(60, 20, latency=0.5, first=0.1))  # 20 ms a cycle
     fast = answer("d", turn(60, 30, latency=0.4, first=0.1))  # 10 ms
     short = answer("e", turn(9, 4, latency=9.0, first=0.1))
-    assert metrics.pass_ms([slow, fast, short]) == pytest.approx([11, 15, 19])
-    assert metrics.pass_ms([answer("p", turn(50, latency=1.1, first=0.1))]) == pytest.approx([20, 20, 20])
-    assert metrics.pass_ms([short]) is None
+    assert metrics.cycle_ms([slow, fast, short]) == pytest.approx([11, 15, 19])
+    assert metrics.cycle_ms([answer("p", turn(51, latency=1.1, first=0.1))]) == pytest.approx([20, 20, 20])
+    assert metrics.cycle_ms([short]) is None
 
 
-@pytest.mark.parametrize("high, said", [(14.0, 0), (16.0, 1)])
-def test_a_pace_that_changed_within_a_task_is_said(high, said):
-    steady, other, unknown = (
-        {"pass_ms": [9.0, 10.0, 11.0]},
-        {"pass_ms": [10.0, 12.0, high]},
-        {"pass_ms": None},
-    )
-    cells = {
-        "baseline": {"a": steady, "b": unknown},
-        "fastmtp:1": {"a": {"pass_ms": [0.0, 0.0, 0.0]}, "b": other},
-    }
-    found = table.unsteady(cells, {"a": "A", "b": "B"})
+@pytest.mark.parametrize(
+    "high, parallel, said",
+    [(14.0, 1, False), (16.0, 1, True), (16.0, 4, False)],
+)
+def test_cycles_that_differ_much_are_said(high, parallel, said):
+    cycles = {"baseline": [9.0, 10.0, 11.0], "fastmtp:1": [10.0, 12.0, high], "fastmtp:2": None}
+    cycles |= {"fastmtp:3": [0.0, 0.0, 1.0], "fastmtp:7@adaptive": [1.0, 2.0, 3.0]}
+    found = table.unsteady([{"config": {"parallel": parallel}}], cycles)
+    assert found[:1] == [text for text in found if text.startswith("fastmtp:1: a cycle took 10.0 to 16.0 ms")]
     assert len(found) == said
-    assert all(text.startswith("fastmtp:1 on B: a pass took 10.0 to 16.0 ms") for text in found)

@@ -2,6 +2,7 @@
 server.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_arms_on_one_card_take_turns_question_by_question(model, short_tasks, st
         for row in read(path)
         for turn in row["turns"]
     )
-    assert all(stop <= begin for (_, stop, _), (begin, _, _) in zip(spans, spans[1:], strict=False))
+    assert all(stop <= begin for (_, stop, _), (begin, _, _) in itertools.pairwise(spans))
     folders = [folder for _, _, folder in spans]
     arms = ["baseline", "fastmtp-1", "fastmtp-2"]
     asked = folders.count("baseline")
