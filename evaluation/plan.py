@@ -155,8 +155,9 @@ class Plan:
         ours = ["--dtype", self.dtype, "--mem-fraction-static", "0.7"]
         if self.args.at_once > 1:
             # Shares of free memory mean nothing while others are taking theirs: a fixed key-value pool each.
+            # And a server that waits for its turn must not keep a core busy.
             tokens = self.most * (self.args.max_gen_length + PROMPT_ROOM)
-            ours[-1:] = ["0.95", "--max-total-tokens", str(tokens)]
+            ours[-1:] = ["0.95", "--max-total-tokens", str(tokens), "--sleep-on-idle"]
         ours += [*streams(self.most), *MEASURED]
         if self.dtype == "float32":
             ours += FLOAT32

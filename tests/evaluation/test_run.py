@@ -84,6 +84,7 @@ def test_servers_at_once_get_ports_and_memory_of_their_own(model, short_tasks, s
     for line in started:
         assert line[line.index("--max-total-tokens") + 1] == str(4 * (30 + plan.PROMPT_ROOM))
         assert line.count("--attention-backend") == 1 and "--enable-deterministic-inference" in line
+        assert "--sleep-on-idle" in line
     with pytest.raises(InputError, match="--at-once must be at least 1, not 0"):
         run.main(arguments(model, short_tasks, out, *more, "--at-once", "0"))
 
