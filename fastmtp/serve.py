@@ -256,8 +256,8 @@ def serve(
             print(
                 f"{server.url} answers after {time.monotonic() - started:.0f} s; Ctrl-C stops it", flush=True
             )
-            code = server.process.wait()
-            raise ServerError(f"the server ended with exit code {code}{server.tail()}")
+            server.process.wait()
+            raise server.death()
     except ServerError as error:
         sys.exit(f"fastmtp.serve: error: {error}")
     except KeyboardInterrupt:

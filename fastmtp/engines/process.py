@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -20,11 +21,15 @@ from fastmtp.cli import InputError
 from fastmtp.engines.address import ANY, HOST, base_url, check_port
 
 LOG_LINES = 25
+# The last line of a Python traceback, and what an engine may print before it: "(Worker pid=7) ERROR [x:9] ".
+RAISED = re.compile(r"^(?:\([^)]*\) *)?(?:ERROR [^]]*\] *)?([\w.]+(?:Error|Exception): .+)")
+RAISED_LINES = 3  # of these lines: the later ones wrap the cause
+LAST_LINES = 5  # of the log, behind them
 PORTS = range(20000, 30000)  # below those that the system gives to clients, which could take one meanwhile
 
 
 class ServerError(Exception):
-    """The server died or did not come up; the message ends with its last log lines."""
+    """The server died or did not come up; the message ends with what its log says."""
 
 
 class Server:
@@ -98,7 +103,7 @@ class Server:
         started = time.monotonic()
         while True:
             if self.process.poll() is not None:
-                raise ServerError(f"the server ended with exit code {self.process.returncode}{self.tail()}")
+                raise self.death()
             if listens(self.host, self.port) and answers(self.url + "/health"):
                 return
             if time.monotonic() - started > self.wait:
@@ -111,12 +116,24 @@ class Server:
         if missing := next((line for line in lines if line not in text), None):
             raise ServerError(f"the engine passes over our extension: no '{missing}' in {self.log}")
 
+    def death(self) -> ServerError:
+        """What to raise for a server that ended: its exit code, the errors in its log, and the log's end."""
+        lines = self._log_lines()
+        raised = list(dict.fromkeys(found[1] for line in lines if (found := RAISED.match(line))))
+        said = f"the server ended with exit code {self.process.returncode}"
+        if not raised:
+            return ServerError(said + self.tail())
+        shown = [*raised[-RAISED_LINES:], "...", *lines[-LAST_LINES:]]
+        return ServerError(f"{said}; errors in {self.log}, and its end:\n" + _indented(shown))
+
     def tail(self) -> str:
         """The last log lines, to end an error message with."""
+        return f"; the end of {self.log}:\n" + _indented(self._log_lines()[-LOG_LINES:])
+
+    def _log_lines(self) -> list[str]:
         with open(self.log, "rb") as stream:
-            stream.seek(max(0, os.path.getsize(self.log) - 20_000))
-            lines = stream.read().decode("utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        return f"; the end of {self.log}:\n" + "\n".join(f"  | {line}" for line in lines)
+            stream.seek(max(0, os.path.getsize(self.log) - 200_000))
+            return stream.read().decode("utf-8", errors="replace").splitlines()
 
     def stop(self) -> None:
         """End the whole group, politely and then not: a worker left over would hold the GPU's memory."""
@@ -170,6 +187,10 @@ def _outcome(server: Server) -> ServerError | None:
     except ServerError as error:
         return error
     return None
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"  | {line}" for line in lines)
 
 
 def _no_proxy() -> dict[str, str]:

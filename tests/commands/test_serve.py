@@ -87,6 +87,29 @@ def test_a_server_that_never_answers_is_ended(tmp_path):
             pass
 
 
+def test_a_dead_server_s_error_is_found_above_its_traceback(tmp_path):
+    """An engine wraps the cause twice, and ends with frames that say nothing."""
+    code = (
+        "import sys\n"
+        "print('loading')\n"
+        "for n in range(40): print(f'  File \"engine.py\", line {n}, in start')\n"
+        "print('(Worker pid=7) ERROR 11-27 07:55:50 [core.py:12] ValueError: Decrease KVCACHE_SPACE')\n"
+        "print('(Engine pid=6) ERROR 11-27 07:55:51 [core.py:13] RuntimeError: Worker failed')\n"
+        "print('RuntimeError: Worker failed')\n"
+        "for n in range(40): print(f'  File \"other.py\", line {n}, in start')\n"
+        "sys.exit(3)\n"
+    )
+    with pytest.raises(process.ServerError) as caught:
+        with process.Server([sys.executable, "-c", code], free_port(), tmp_path / "log"):
+            pass
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"the server ended with exit code 3; errors in {tmp_path / 'log'}, and its end:"
+    causes = ["  | ValueError: Decrease KVCACHE_SPACE", "  | RuntimeError: Worker failed", "  | ..."]
+    assert lines[:3] == causes and lines[3:] == [
+        f'  |   File "other.py", line {n}, in start' for n in range(35, 40)
+    ]
+
+
 def test_asking_a_free_port_is_never_answered_by_oneself(monkeypatch):
     """The system may give a client the port that it asks for: TCP then connects it to itself."""
     port = free_port()
