@@ -14,7 +14,7 @@ def markdown(report: dict) -> str:
         f"{_place(report['environment'])}. {' '.join(report['facts'])}",
         "Means over tasks, with 95 % bootstrap intervals over questions. Accept length: tokens per verify "
         "pass. Decode: without the time to the first token. Milliseconds of a cycle, or of a plain step: "
-        f"median over answers of at least {metrics.SHORT}, with their 10th and 90th percentile.",
+        f"median over answers of at least {metrics.SHORT} cycles, with the 10th and 90th percentile.",
         _summary(report),
     ]
     if report["warnings"]:
