@@ -123,13 +123,6 @@ async def collect(
     for_all, for_each = (turn, NOTHING) if parallel > 1 else (NOTHING, turn)
     free = asyncio.Semaphore(parallel)
     total = len(set(keys))
-    bar = Bar(
-        total=total,
-        initial=total - len(missing),
-        desc=f"{name} {prompts.task.name}",
-        unit="q",
-    )
-
     rejected: list[tuple[str, Exception]] = []
 
     async def one(key: str, question: list[str]) -> None:
@@ -143,6 +136,7 @@ async def collect(
     async with for_all:
         async with for_each:
             await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
+        bar = Bar(total=total, initial=total - len(missing), desc=f"{name} {prompts.task.name}", unit="q")
         waiting = [asyncio.ensure_future(one(key, question)) for key, question in missing.items()]
         try:
             await asyncio.gather(*waiting)

@@ -77,9 +77,8 @@ def check_output(path: str | Path) -> None:
 
 
 _claimed: dict[Path, int] = {}  # records that this process holds open and locked, until it ends
-_new: dict[
-    Path, tuple[Path, bool]
-] = {}  # those that it wrote first: the output, and whether it is a new folder
+# Those that it wrote first: their output, and whether that is a new folder.
+_new: dict[Path, tuple[Path, bool]] = {}
 
 
 def claim(output: str | Path, folder: bool = False, depends: dict[str, object] | None = None) -> None:
