@@ -12,6 +12,7 @@ from evaluation.questions import Task, question_keys
 from fastmtp.chat import TemplateError, prompt_ids
 from fastmtp.cli import InputError
 from fastmtp.data.rendering import Refused, question_ids
+from fastmtp.engines.client import together
 from fastmtp.show.progress import Bar
 
 WARM_UP_TOKENS = 32
@@ -137,14 +138,8 @@ async def collect(
         async with for_each:
             await _warm_up(backend, prompts.ids(next(iter(missing.values()))[:1]))
         bar = Bar(total=total, initial=total - len(missing), desc=f"{name} {prompts.task.name}", unit="q")
-        waiting = [asyncio.ensure_future(one(key, question)) for key, question in missing.items()]
-        try:
-            await asyncio.gather(*waiting)
-        finally:
-            for request in waiting:
-                request.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-            bar.close()
+        with contextlib.closing(bar):
+            await together(one(key, question) for key, question in missing.items())
     if rejected:
         text, error = rejected[0]
         raise Rejected(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluation import metrics, streams
-from fastmtp.show.markdown import grid, number
+from fastmtp.show.markdown import grid, interval, number
 
 
 def markdown(report: dict) -> str:
@@ -143,4 +143,4 @@ def _rates(rates: list[float] | None) -> str:
 def _spanned(value: float | None, span: list[float] | None, form: str) -> str:
     if value is None or span is None:
         return number(value, form)
-    return f"{value:{form}} ({span[0]:{form}} to {span[1]:{form}})"
+    return f"{value:{form}} ({interval(span, form)})"

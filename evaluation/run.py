@@ -107,7 +107,7 @@ async def _ask_group(plan: Plan, kept: dict, group: list[tuple[Arm, int]], urls:
     question by question, so that a host or card whose pace changes meets them all alike; the baseline's
     repetition comes after them.
     """
-    turn = contextlib.nullcontext() if plan.cards else asyncio.Lock()
+    turn = asking.NOTHING if plan.cards else asyncio.Lock()
 
     async def one(arm: Arm, limit: int, url: str | None) -> None:
         try:

@@ -18,6 +18,7 @@ from evaluation.backends import Rejected
 from evaluation.plan import REPEAT, Plan
 from evaluation.questions import Task, question_keys
 from fastmtp.cli import InputError
+from fastmtp.engines.client import together
 from fastmtp.files import write_json
 from fastmtp.fingerprint import differences
 from fastmtp.inputs import read_json
@@ -90,7 +91,7 @@ async def _together(backend, jobs: list[tuple[list[int], dict]], level: int, tok
             except Rejected:
                 return None
 
-    return [turn for turn in await asyncio.gather(*(one(*job) for job in jobs)) if turn is not None]
+    return [turn for turn in await together(one(*job) for job in jobs) if turn is not None]
 
 
 def rows(plan: Plan) -> list[dict]:

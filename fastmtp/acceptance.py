@@ -180,8 +180,8 @@ def ratio_table(rows: list[dict], first: str) -> str:
     """The rows of `ratios` as a table."""
     lines = []
     for row in rows:
-        between = "-" if row["interval"] is None else "{:.3f} to {:.3f}".format(*row["interval"])
-        lines.append([row["head"], row["map"], row["k"], markdown.number(row["ratio"], ".3f"), between])
+        figures = markdown.number(row["ratio"], ".3f"), markdown.interval(row["interval"], ".3f")
+        lines.append([row["head"], row["map"], row["k"], *figures])
     grid = markdown.grid(["head", "map", "K", "ratio", "95 %"], lines, text=2)
     return f"tau over that of {first} on the same answers, paired intervals\n\n{grid}\n"
 

@@ -112,7 +112,7 @@ def table(rows: Sequence[dict]) -> str:
     head += ["head's cache, MiB per 1,000 tokens", "drafts, MiB per stream"]
     lines = []
     for one in rows:
-        interval = "-" if one["interval"] is None else "{:.3f} to {:.3f}".format(*one["interval"])
+        interval = markdown.interval(one["interval"], ".3f")
         line = [one["name"], f"{one['tau']:.3f}", interval, markdown.number(one["fixed_tree_tau"], ".3f")]
         line += [f"{one['ms_per_cycle']:.2f}", f"{one['tokens_per_s']:.0f}", f"{one['speedup']:.2f}x"]
         lines.append(line + [f"{size:.1f}" for size in one["memory_mib"].values()])

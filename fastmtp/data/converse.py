@@ -13,6 +13,7 @@ from fastmtp.data.journal import Journal, sample
 from fastmtp.data.prompts import Chat
 from fastmtp.data.rendering import Refused, question_ids
 from fastmtp.data.servers import Servers
+from fastmtp.engines.client import together
 from fastmtp.engines.process import ServerError
 from fastmtp.show.progress import Bar
 
@@ -63,10 +64,4 @@ async def converse_all(
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             bar.update()
 
-    workers = [asyncio.create_task(worker()) for _ in range(in_flight)]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for task in workers:
-            task.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+    await together(worker() for _ in range(in_flight))

@@ -1,9 +1,13 @@
-"""How we speak HTTP to a server: sessions and connections. Shared by distillation and evaluation.
+"""How we speak HTTP to a server: sessions, connections, many requests. Shared by distillation and evaluation.
 
 Needs aiohttp, which comes with `pip install -e '.[serve]'`.
 """
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any
 
 import aiohttp
 
@@ -39,3 +43,14 @@ async def post(session: aiohttp.ClientSession, url: str, body: dict | None = Non
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             if last:
                 raise
+
+
+async def together(requests: Iterable[Coroutine[Any, Any, Any]]) -> list:
+    """Results of all, in order. If one fails or the caller is cancelled, none of the others runs on."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -145,7 +145,7 @@ def tree_table(results: dict[str, Results], trees: dict[str, DraftTree]) -> str:
     for name, tree in trees.items():
         for map_ in dict.fromkeys(key[2] for key in results[name]):
             part = pooled(results[name], map_)
-            between = "-" if part.interval is None else "{:.3f} to {:.3f}".format(*part.interval)
+            between = markdown.interval(part.interval, ".3f")
             tau = markdown.number(part.accept_length, ".3f")
             kind = "static" if isinstance(tree, StaticTree) else f"dynamic, topk {tree.topk}"
             rows.append([name, kind, map_, tree.nodes, tree.depth, part.output_tokens, tau, between])

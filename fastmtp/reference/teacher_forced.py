@@ -198,8 +198,7 @@ def table(results: Results) -> str:
     ]
     rows = []
     for source, lang, name, part in parts:
-        interval = part.interval
-        between = "-" if interval is None else "{:.3f} to {:.3f}".format(*interval)
+        between = markdown.interval(part.interval, ".3f")
         rates = [markdown.number(rate, ".3f") for rate in part.position_rates or [None] * steps]
         tau = markdown.number(part.accept_length, ".3f")
         rows.append([source, lang, name, part.output_tokens, tau, between, *rates])

@@ -18,6 +18,11 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def interval(bounds: Sequence[float] | None, form: str) -> str:
+    """Its two bounds in a format such as ".2f"; "-" if it is unknown."""
+    return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+
+
 def _cell(value: object) -> str:
     """One line, without the sign that ends a cell."""
     return " ".join(str(value).split()).replace("|", "\\|")

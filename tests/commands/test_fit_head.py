@@ -67,10 +67,15 @@ def test_too_little_text_is_refused():
         fit(tiny_model(5), texts(1))
 
 
-def test_the_command_writes_a_head_that_export_takes(base_folder, tmp_path, capsys):
+def samples(path):
+    """A file of 20 answers."""
     rows = [{"prompt_ids": text[:10], "output_ids": text[10:]} for text in texts(20)]
-    data = tmp_path / "d.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_command_writes_a_head_that_export_takes(base_folder, tmp_path, capsys):
+    data = samples(tmp_path / "d.jsonl")
     argv = [
         "--model",
         str(base_folder),
@@ -97,9 +102,7 @@ def test_the_command_writes_a_head_that_export_takes(base_folder, tmp_path, caps
 
 
 def test_acceptance_compares_two_heads_on_the_same_answers(base_folder, tmp_path, capsys):
-    rows = [{"prompt_ids": text[:10], "output_ids": text[10:]} for text in texts(20)]
-    data = tmp_path / "d.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = samples(tmp_path / "d.jsonl")
     common = ["--model", str(base_folder), "--data", str(data), "--device", "cpu"]
     heads = [str(tmp_path / "some"), str(tmp_path / "all")]
     main([*common, "--limit", "8", "--out", heads[0]])

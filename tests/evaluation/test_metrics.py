@@ -149,7 +149,7 @@ def test_answers_without_a_token_are_neither_lossless_nor_a_number():
 
 
 def test_the_time_of_a_cycle_leaves_out_the_first_chunk_and_short_answers():
-    slow = answer("c", turn(60, 20, latency=0.5, first=0.1))  # 20 ms a cycle
+    slow = answer("c", turn(60, 20, latency=0.5, first=0.1))  # 20 ms per cycle
     fast = answer("d", turn(60, 30, latency=0.4, first=0.1))  # 10 ms
     short = answer("e", turn(9, 4, latency=9.0, first=0.1))
     assert metrics.cycle_ms([slow, fast, short]) == pytest.approx([11, 15, 19])
