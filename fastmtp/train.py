@@ -34,7 +34,13 @@ from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data import encoded_rows, training_run
 from fastmtp.data.recipe import apply_overrides, complete, read_recipe
-from fastmtp.data.recipe_check import check_head, check_keys, check_numbers, check_warmup
+from fastmtp.data.recipe_check import (
+    check_head,
+    check_keys,
+    check_numbers,
+    check_warmup,
+    takes_flash_attn,
+)
 from fastmtp.data.rendering import check_template
 from fastmtp.data.samples import check_measurable, read_samples
 from fastmtp.data.start_up import StartUp
@@ -171,6 +177,10 @@ def train(
             if start.checkpoint:
                 print(f"{start.checkpoint}: continued from step {start.step}", flush=True)
             encoded_rows.keep(output, sets)
+            flash_attn = takes_flash_attn(recipe)
+            recipe = {**recipe, "model_kwargs": {**recipe["model_kwargs"], "mtp_flash_attn": flash_attn}}
+            if flash_attn:
+                print("attention: FlashAttention 4 (mtp_flash_attn: false for torch's kernels)", flush=True)
             code = run_swift(recipe, sets, start, Path(folder), process, start_up)
     if not start.finished:
         if code == errno.ENOSPC:

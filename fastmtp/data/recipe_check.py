@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 from fastmtp.cli import InputError
 from fastmtp.data.recipe import HEAD_KEYS
+from fastmtp.engines.sglang import compute_capability
 from fastmtp.head.modeling_mimo import SETTINGS, MiMoConfig
 from fastmtp.head.recursion import ATTENTIONS
 from fastmtp.head.varlen import load_flash_attn
+from fastmtp.inputs import read_json
 
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length")
 WHOLE = (
@@ -19,6 +22,10 @@ WHOLE = (
     "packing_length",
 )
 SEEDS = ("seed", "data_seed")
+FLASH_TESTED = {
+    "capability": "9.0",
+    "widths": (64, 128),
+}  # the GPU (Hopper) and heads that tests/gpu ran with
 AT_LEAST_ONE = (
     "dataset_num_proc",
     "gradient_accumulation_steps",
@@ -97,6 +104,21 @@ def check_head(head: dict, place: str) -> None:
         _ = MiMoConfig(**{name: value for name, value in head.items() if name in SETTINGS}).objective
     except ValueError as error:
         raise InputError(f"{place}: {error}") from None
+
+
+def takes_flash_attn(recipe: dict) -> bool:
+    """Whether attention on a GPU goes through FlashAttention 4: as `mtp_flash_attn` says; if it says nothing,
+    where FlashAttention 4 loads and was compared with the dense reference on such a GPU (the first that
+    nvidia-smi lists) and with heads of the model's width.
+    """
+    head = recipe["model_kwargs"]
+    if "mtp_flash_attn" in head:
+        return head["mtp_flash_attn"]
+    config = read_json(Path(recipe["model"]) / "config.json")
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if head.get("mtp_compile") or width not in FLASH_TESTED["widths"]:
+        return False
+    return compute_capability() == FLASH_TESTED["capability"] and flash_attn_fault() is None
 
 
 def flash_attn_fault() -> str | None:

@@ -82,7 +82,8 @@ def depends_on(recipe: dict) -> dict[str, object]:
         taken = [split_count(name)[1] if is_local(name) else name for name in data]
         if any(taken):  # how many rows of a file, or the name on a hub
             settings[f"{key} taken"] = taken
-    head.pop("mtp_compile", None)
+    for key in ("mtp_compile", "mtp_flash_attn"):  # how fast it goes
+        head.pop(key, None)
     own = {k: v for k, v in recipe.items() if k not in NO_MATTER | DATALOADER}
     return fingerprint.fingerprint(contents, settings | own | head | {"processes": processes()})
 

@@ -67,7 +67,7 @@ def use_flash_attn(on: bool) -> None:
         return
     interface = load_flash_attn()
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9:
-        raise RuntimeError("flash-attn-4 trains on Hopper and later GPUs only; leave mtp_flash_attn out")
+        raise RuntimeError("flash-attn-4 trains on Hopper and later GPUs only; set mtp_flash_attn: false")
     _flash_attn = interface
 
 

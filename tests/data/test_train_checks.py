@@ -14,6 +14,7 @@ from helpers.tiny import save_folder
 from fastmtp import files, train
 from fastmtp.checkpoint import read_head, save_head
 from fastmtp.cli import InputError
+from fastmtp.data import recipe_check
 from fastmtp.data.training_run import RECORD
 
 KEYS = {
@@ -113,18 +114,60 @@ def test_a_recipe_that_trains_nothing_is_refused(command, changes, words):
     assert not seen and "\n" not in str(error.value)
 
 
-def test_flash_attn_without_what_it_needs_is_refused_by_name(command, tmp_path, monkeypatch):
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """A stand-in for flash-attn-4 whose functions are in the given text."""
+
+    def write(text: str) -> None:
+        cute = tmp_path / "site" / "flash_attn" / "cute"
+        cute.mkdir(parents=True)
+        for folder in (cute.parent, cute):
+            (folder / "__init__.py").touch()
+        (cute / "interface.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):  # as if never imported
+            monkeypatch.setitem(sys.modules, name, None)
+            monkeypatch.delitem(sys.modules, name)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "says, has, taken",
+    [
+        ({}, {}, True),
+        ({}, {"capability": "10.0"}, False),  # nobody tried
+        ({}, {"capability": "8.6"}, False),
+        ({}, {"capability": ""}, False),  # no GPU
+        ({}, {"interface": "import cutlass_that_nobody_has"}, False),
+        ({}, {"config": {"head_dim": 80}}, False),  # not compared with the dense reference
+        ({}, {"config": {"hidden_size": 576, "num_attention_heads": 9}}, True),
+        ({"mtp_compile": True}, {}, False),
+        ({"mtp_flash_attn": False}, {}, False),
+        ({"mtp_flash_attn": True}, {"capability": "8.6"}, True),
+    ],
+)
+def test_flash_attn_is_taken_where_it_loads_and_was_tested(says, has, taken, install, tmp_path, monkeypatch):
+    install(has.get("interface", ""))
+    monkeypatch.setattr(recipe_check, "compute_capability", lambda: has.get("capability", "9.0"))
+    (tmp_path / "config.json").write_text(json.dumps(has.get("config", {"head_dim": 128})))
+    recipe = {"model": str(tmp_path), "model_kwargs": says}
+    assert recipe_check.takes_flash_attn(recipe) is taken
+
+
+def test_flash_attn_that_is_taken_is_said_and_recorded(command, tmp_path, monkeypatch, capsys):
+    call, _ = command
+    monkeypatch.setattr(train, "takes_flash_attn", lambda recipe: True)
+    call()
+    assert "attention: FlashAttention 4" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["config"]["model_kwargs"]["mtp_flash_attn"] is True
+
+
+def test_flash_attn_without_what_it_needs_is_refused_by_name(command, install):
     """Another package's copy of `flash_attn.cute`, whose compiler is missing."""
     call, seen = command
-    cute = tmp_path / "site" / "flash_attn" / "cute"
-    cute.mkdir(parents=True)
-    for folder in (cute.parent, cute):
-        (folder / "__init__.py").touch()
-    (cute / "interface.py").write_text("import cutlass_that_nobody_has\n")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    for name in ("flash_attn", "flash_attn.cute"):  # as if never imported, afterwards too
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, name)
+    install("import cutlass_that_nobody_has\n")
     with pytest.raises(
         InputError, match="No module named 'cutlass_that_nobody_has'.*leave the key out"
     ) as error:

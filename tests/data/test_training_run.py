@@ -90,6 +90,11 @@ def test_another_number_of_processes_is_refused(recipe, monkeypatch):
         processes()
 
 
+def test_other_kernels_are_no_other_training(recipe):
+    head = recipe["model_kwargs"] | {"mtp_flash_attn": True, "mtp_compile": False}
+    assert begin(recipe | {"model_kwargs": head}, False).step == 2
+
+
 def test_longer_is_allowed_and_said(recipe, capsys):
     assert begin(recipe | {"max_steps": 8}, False).step == 2
     assert "longer than before (max_steps: 4 -> 8)" in capsys.readouterr().out
