@@ -28,6 +28,7 @@ from fastmtp.engines.sglang_flags import (
     FLOAT32,
     FLOAT32_ENVIRONMENT,
     MEASURED,
+    SLEEPING,
     canonical,
     merged,
     streams,
@@ -157,7 +158,7 @@ class Plan:
             # Shares of free memory mean nothing while others are taking theirs: a fixed key-value pool each.
             # And a server that waits for its turn must not keep a core busy.
             tokens = self.most * (self.args.max_gen_length + PROMPT_ROOM)
-            ours[-1:] = ["0.95", "--max-total-tokens", str(tokens), "--sleep-on-idle"]
+            ours[-1:] = ["0.95", "--max-total-tokens", str(tokens), *SLEEPING]
         ours += [*streams(self.most), *MEASURED]
         if self.dtype == "float32":
             ours += FLOAT32

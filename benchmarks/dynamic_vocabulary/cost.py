@@ -34,13 +34,13 @@ from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
 from fastmtp.engines.request import Serving
-from fastmtp.engines.sglang_flags import DUMMY, MEASURED, merged, split_flags, streams
+from fastmtp.engines.sglang_flags import DUMMY, MEASURED, SLEEPING, merged, split_flags, streams
 from fastmtp.files import atomic, claim, write_json, write_provenance
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
 from fastmtp.inputs import read_json
 from fastmtp.vocab.token_map import parse_size, size_name
 
-FLAGS = [*DUMMY, *MEASURED, *streams(1)]
+FLAGS = [*DUMMY, *SLEEPING, *MEASURED, *streams(1)]
 
 
 @dataclass(frozen=True)

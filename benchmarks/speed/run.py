@@ -35,7 +35,7 @@ from evaluation.backends import BackendError
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
-from fastmtp.engines.sglang_flags import merged, split_flags
+from fastmtp.engines.sglang_flags import SLEEPING, merged, split_flags
 from fastmtp.files import atomic, claim, write_json, write_provenance
 from fastmtp.fingerprint import differences, fingerprint, gpu_name
 from fastmtp.inputs import read_jsonl, whole_numbers
@@ -192,6 +192,7 @@ def depends(args, shape: dict, flags: list[str], version: str) -> dict:
     """What all points of a run depend on; each has settings of its own besides (`Point.settings`)."""
     settings = {name: getattr(args, name) for name in ("requests", "tokens", "prompt_tokens", "streams")}
     settings |= {"shape": shape, "flags": flags, "gpu": gpu_name(), "sglang": version}
+    settings["servers that wait"] = "sleep" if args.at_once > 1 else "none"
     settings["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith("SGLANG_")}
     return fingerprint({}, settings)
 
@@ -245,6 +246,7 @@ def start(point: Point, args, port: int, flags: list[str], out: Path) -> process
     """One point's server, not started."""
     folder = out / "model"
     environment = point.environment() | (vocabulary(point, folder) if point.extended else {})
+    flags = merged(SLEEPING if args.at_once > 1 else [], flags)
     line, log = command(point, folder, port, flags), out / "logs" / f"{point.name}.log"
     return process.Server(line, port, log, args.wait, environment, stop_patience=2.0)
 

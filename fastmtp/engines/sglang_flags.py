@@ -29,7 +29,9 @@ MEASURED = ["--disable-prefill-cuda-graph", "--skip-server-warmup", "--grammar-b
 # the share must not bind.
 DUMMY = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--random-seed", "0"]
 DUMMY += ["--mem-fraction-static", "0.98", "--max-total-tokens", "4096", "--context-length", "4096"]
-DUMMY += ["--chunked-prefill-size", "2048", "--sleep-on-idle"]
+DUMMY += ["--chunked-prefill-size", "2048"]
+# For servers that wait while others are asked. One that slept may draft more slowly: results/host_pace.md.
+SLEEPING = ["--sleep-on-idle"]
 
 
 def streams(count: int) -> list[str]:

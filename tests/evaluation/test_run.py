@@ -254,15 +254,17 @@ def test_wrong_use_is_found_before_anything_starts(model, short_tasks, started, 
 
 
 def test_warnings_tell_when_not_to_believe():
-    config = {"parallel": 4, "dtype": "bfloat16"}
+    config = {"parallel": 4, "dtype": "bfloat16", "fingerprint": {"--sleep-on-idle": True}}
     answered = {"output_tokens": 9, "position_rates": []}
     lossless = {"reference": "baseline", "questions": 80, "identical": 60, "share": 0.75}
     lines = [
         {"arm": "baseline", "task": "t", "num_questions": 80, "lossless": {}, "config": config} | answered,
         {"arm": "fastmtp:3", "task": "t", "num_questions": 8, "lossless": lossless, "config": config}
         | answered,
-        {"arm": "fastmtp:1", "task": "t", "num_questions": 80, "lossless": {}, "config": config}
-        | {"output_tokens": 9, "position_rates": None},
+        {"arm": "fastmtp:1", "task": "t", "num_questions": 80, "lossless": lossless | {"identical": 1}}
+        | {"config": config, "output_tokens": 9, "position_rates": None},
+        {"arm": "fastmtp:1", "task": "u", "num_questions": 80, "lossless": lossless, "config": config}
+        | answered,
         {"arm": "fastmtp:2", "task": "t", "num_questions": 80, "lossless": {}, "config": config}
         | {"output_tokens": 0, "position_rates": None},
     ]
@@ -271,7 +273,8 @@ def test_warnings_tell_when_not_to_believe():
         "-5.0%",
         "4 requests in flight",
         "Only 8 questions",
-        "60 of 80 outputs equal",
+        "baseline's: fastmtp:3 60 of 80, fastmtp:1 61 of 160;",
+        "The servers slept",
         "rates are unknown",
         "is empty",
     ):

@@ -116,6 +116,7 @@ def test_flags_and_aliases(facts, tmp_path):
     config = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "vocab_size": 9}
     (tmp_path / "config.json").write_text(json.dumps(config))
     presets = [*sglang_flags.FLOAT32, *sglang_flags.MEASURED, *sglang_flags.DUMMY, *sglang_flags.streams(1)]
+    presets += sglang_flags.SLEEPING
     tree, changing = {"tree": DynamicTree(4, 3, 16)}, {"adaptive": True, "table": "steps.json"}
     for drafts in ({}, tree, changing):
         line = sglang.command(Serving(str(tmp_path), flags=presets, **drafts), "fa3")
