@@ -73,6 +73,7 @@ def ask(servers: dict[tuple[str, str], str], points: list[Point], args) -> dict[
 
 
 def report(facts: dict, times: dict[tuple[str, str], list[float]], speeds: list[list[int]]) -> str:
+    """The page: a row for each point and state, and how far the processors' speeds are apart."""
     rows = []
     for (name, state), values in times.items():
         low, middle, high = np.percentile(values, (10, 50, 90))

@@ -22,10 +22,8 @@ WHOLE = (
     "packing_length",
 )
 SEEDS = ("seed", "data_seed")
-FLASH_TESTED = {
-    "capability": "9.0",
-    "widths": (64, 128),
-}  # the GPU (Hopper) and heads that tests/gpu ran with
+# What FlashAttention 4 was compared with the dense reference on: GPUs of Hopper, and widths of a head.
+FLASH_CAPABILITY, FLASH_WIDTHS = "9.0", (64, 128)
 AT_LEAST_ONE = (
     "dataset_num_proc",
     "gradient_accumulation_steps",
@@ -116,9 +114,9 @@ def takes_flash_attn(recipe: dict) -> bool:
         return head["mtp_flash_attn"]
     config = read_json(Path(recipe["model"]) / "config.json")
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if head.get("mtp_compile") or width not in FLASH_TESTED["widths"]:
+    if head.get("mtp_compile") or width not in FLASH_WIDTHS:
         return False
-    return compute_capability() == FLASH_TESTED["capability"] and flash_attn_fault() is None
+    return compute_capability() == FLASH_CAPABILITY and flash_attn_fault() is None
 
 
 def flash_attn_fault() -> str | None:
