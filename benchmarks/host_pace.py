@@ -18,14 +18,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from benchmarks import shapes
 from benchmarks.speed.measure import measure
 from benchmarks.speed.points import Point, command, listed
-from evaluation.backends import BackendError, Turn
+from evaluation import metrics
+from evaluation.backends import BackendError
 from fastmtp.cli import InputError, Parser, at_least, run
 from fastmtp.engines import process, sglang
 from fastmtp.engines.address import check_port
@@ -41,6 +41,7 @@ LOOP = (
 )
 STATES = ("awake", "slept")
 PROMPT_TOKENS = 64
+LONG = 8 * metrics.SHORT  # tokens of an answer that has enough cycles, of fewer than eight on average
 SHAPE = "qwen2.5-1.5b"
 
 
@@ -53,31 +54,23 @@ def processors() -> list[int]:
     return lines
 
 
-def milliseconds(turns: list[Turn]) -> list[float]:
-    """Of a cycle, or of a plain step, in each answer, without the prompt's pass."""
-    return [
-        1000 * (t.latency_s - t.first_s) / (t.verify_passes or len(t.output_ids) - t.first_tokens)
-        for t in turns
-    ]
-
-
-def ask(servers: dict[tuple[str, str], str], points: list[Point], args) -> dict[tuple[str, str], list[float]]:
-    """{(point, state): milliseconds per cycle of each answer}. `servers`: the same, and their URLs."""
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in servers}
+def ask(servers: dict[tuple[str, str], str], points: list[Point], args) -> dict[tuple[str, str], list[dict]]:
+    """{(point, state): its answers, as evaluation.metrics reads them}. `servers`: their URLs."""
+    answers: dict[tuple[str, str], list[dict]] = {key: [] for key in servers}
     by_name = {point.name: point for point in points}
     for _ in tqdm(range(args.rounds), desc="rounds", disable=None):
         for (name, state), url in servers.items():
             asked = measure(url, by_name[name], args.requests, PROMPT_TOKENS, args.tokens, args.timeout)
-            times[name, state] += milliseconds(asyncio.run(asked))
-    return times
+            answers[name, state] += [{"turns": [vars(turn)]} for turn in asyncio.run(asked)]
+    return answers
 
 
-def report(facts: dict, times: dict[tuple[str, str], list[float]], speeds: list[list[int]]) -> str:
+def report(facts: dict, answers: dict[tuple[str, str], list[dict]], speeds: list[list[int]]) -> str:
     """The page: a row for each point and state, and how far the processors' speeds are apart."""
     rows = []
-    for (name, state), values in times.items():
-        low, middle, high = np.percentile(values, (10, 50, 90))
-        rows.append([name, state, str(len(values)), f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+    for (name, state), asked in answers.items():
+        low, middle, high = metrics.cycle_ms(asked)
+        rows.append([name, state, len(asked), markdown.spanned(middle, [low, high], ".2f")])
     rounds = [value for line in speeds for value in line]
     return "\n\n".join(
         [
@@ -120,7 +113,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least(args, 1, "rounds", "requests")
-    at_least(args, 2, "tokens")
+    at_least(args, LONG, "tokens")
     shape, out = shapes.shape_of(args.shape), Path(args.out)
     points = listed(shape, args.points, shapes.PAPER, [], {})
     check_port(args.port, 2 * len(points))
@@ -141,13 +134,16 @@ def main(argv: list[str] | None = None) -> None:
             for outcome in filter(None, outcomes):
                 raise outcome
             urls = {(p.name, state): server.url for (p, state), server in zip(keys, servers, strict=True)}
-            times = ask(urls, points, args)
+            answers = ask(urls, points, args)
     except (BackendError, process.ServerError) as error:
         sys.exit(f"benchmarks.host_pace: error: {error}")
     speeds.append(processors())
-    rows = [{"point": name, "server": state, "ms": ms} for (name, state), ms in times.items()]
+    rows = [
+        {"point": name, "server": state, "ms": metrics.cycle_times(asked)}
+        for (name, state), asked in answers.items()
+    ]
     write_json(out / "host_pace.json", facts | {"cycles": rows, "processors": speeds})
-    text = report(facts, times, speeds) + "\n"
+    text = report(facts, answers, speeds) + "\n"
     with atomic(out / "host_pace.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_provenance(out, vars(args), [])

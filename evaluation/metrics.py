@@ -94,9 +94,9 @@ def decode_throughput(answers: list[dict]) -> float | None:
     return tokens / seconds if tokens and seconds > 0 else None
 
 
-def cycle_ms(answers: list[dict]) -> list[float] | None:
-    """[10th, 50th, 90th percentile] over answers of the mean milliseconds of a cycle, or of a plain step,
-    after the first chunk. Answers of fewer than SHORT are left out; None if all are.
+def cycle_times(answers: list[dict]) -> list[float]:
+    """The mean milliseconds of a cycle, or of a plain step, after the first chunk, in each answer of at least
+    SHORT of them.
     """
     times = []
     for turn in turns(answers):
@@ -105,6 +105,12 @@ def cycle_ms(answers: list[dict]) -> list[float] | None:
             cycles = len(turn["output_ids"]) - turn["first_tokens"]
         if cycles >= SHORT:
             times.append(1000 * (turn["latency_s"] - turn["first_s"]) / cycles)
+    return times
+
+
+def cycle_ms(answers: list[dict]) -> list[float] | None:
+    """[10th, 50th, 90th percentile] of `cycle_times`; None if there are none."""
+    times = cycle_times(answers)
     shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     return torch.tensor(times, dtype=torch.float64).quantile(shares).tolist() if times else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluation import metrics, streams
-from fastmtp.show.markdown import grid, interval, number
+from fastmtp.show.markdown import grid, number, spanned
 
 
 def markdown(report: dict) -> str:
@@ -55,11 +55,11 @@ def _summary(report: dict) -> str:
         rows.append(
             [
                 name,
-                _spanned(cell["accept_length"], spans.get("accept_length"), ".2f") if drafts else "1",
-                _spanned(cell["decode_speedup"], spans.get("decode_speedup"), ".2f") if drafts else "1",
-                _spanned(cell["speedup"], spans.get("speedup"), ".2f") if drafts else "1",
+                spanned(cell["accept_length"], spans.get("accept_length"), ".2f") if drafts else "1",
+                spanned(cell["decode_speedup"], spans.get("decode_speedup"), ".2f") if drafts else "1",
+                spanned(cell["speedup"], spans.get("speedup"), ".2f") if drafts else "1",
                 number(cell["decode_throughput"], ".1f"),
-                _spanned(middle, None if low is None else [low, high], ".2f"),
+                spanned(middle, None if low is None else [low, high], ".2f"),
                 _rates(report["position_rates"][name]),
             ]
         )
@@ -102,11 +102,11 @@ def _detail(name: str, title: str, cell: dict) -> list[str]:
         name,
         title,
         str(cell["num_questions"]),
-        _spanned(cell["accept_length"], spans.get("accept_length"), ".2f") if cell["num_steps"] else "1",
-        _spanned(cell["throughput"], spans.get("throughput"), ".1f"),
+        spanned(cell["accept_length"], spans.get("accept_length"), ".2f") if cell["num_steps"] else "1",
+        spanned(cell["throughput"], spans.get("throughput"), ".1f"),
         number(cell["decode_throughput"], ".1f"),
-        _spanned(cell["decode_speedup"], spans.get("decode_speedup"), ".2f"),
-        _spanned(cell["speedup"], spans.get("speedup"), ".2f"),
+        spanned(cell["decode_speedup"], spans.get("decode_speedup"), ".2f"),
+        spanned(cell["speedup"], spans.get("speedup"), ".2f"),
         f"{lossless['identical']}/{lossless['questions']}" if lossless else "",
         _rates(cell["position_rates"]),
     ]
@@ -138,9 +138,3 @@ def _all_speedups(report: dict, arms: list[str]) -> bool:
 
 def _rates(rates: list[float] | None) -> str:
     return "-" if rates is None else " ".join(f"{rate:.2f}" for rate in rates)
-
-
-def _spanned(value: float | None, span: list[float] | None, form: str) -> str:
-    if value is None or span is None:
-        return number(value, form)
-    return f"{value:{form}} ({interval(span, form)})"

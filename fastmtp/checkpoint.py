@@ -62,6 +62,11 @@ SKIP = {"config.json", INDEX, "run.json", CACHE}  # not copied: written anew for
 LEFT_OUT = (".safetensors", ".py", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 
 
+def head_dim(config: dict) -> int:
+    """Numbers per attention head of a config.json that may leave it to be derived."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
 def expected_shapes(config: dict, where: str | Path) -> dict[str, tuple[int, ...]]:
     """The tensors that a Llama, Qwen2 or MiMo configuration calls for; a tied output matrix is left out."""
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -69,8 +74,8 @@ def expected_shapes(config: dict, where: str | Path) -> dict[str, tuple[int, ...
         if type(config.get(name)) is not int or config[name] < 1:
             raise InputError(f"{where}: config.json has no usable {name}; copy the folder again")
     width, inner, layers, heads, vocabulary = (config[name] for name in needed)
-    head_dim = config.get("head_dim") or width // heads
-    rows = {"q": heads * head_dim, "k": (config.get("num_key_value_heads") or heads) * head_dim}
+    size = head_dim(config)
+    rows = {"q": heads * size, "k": (config.get("num_key_value_heads") or heads) * size}
     rows["v"] = rows["k"]
     mimo = config.get("architectures") == [ARCHITECTURE]
     biases = mimo or config.get("model_type") == "qwen2" or config.get("attention_bias")

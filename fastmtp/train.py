@@ -33,7 +33,7 @@ from fastmtp import files
 from fastmtp.checkpoint import read_head
 from fastmtp.cli import InputError, Parser, run
 from fastmtp.data import encoded_rows, training_run
-from fastmtp.data.recipe import apply_overrides, complete, read_recipe
+from fastmtp.data.recipe import apply_overrides, complete, merge, read_recipe
 from fastmtp.data.recipe_check import (
     check_head,
     check_keys,
@@ -178,7 +178,7 @@ def train(
                 print(f"{start.checkpoint}: continued from step {start.step}", flush=True)
             encoded_rows.keep(output, sets)
             flash_attn = takes_flash_attn(recipe)
-            recipe = {**recipe, "model_kwargs": {**recipe["model_kwargs"], "mtp_flash_attn": flash_attn}}
+            recipe = merge(recipe, {"model_kwargs": {"mtp_flash_attn": flash_attn}})
             if flash_attn:
                 print("attention: FlashAttention 4 (mtp_flash_attn: false for torch's kernels)", flush=True)
             code = run_swift(recipe, sets, start, Path(folder), process, start_up)

@@ -188,11 +188,16 @@ def load(args) -> list[str]:
     return [*sizes, "--max-total-tokens", str(max(4096, room))]
 
 
+def waiting(args) -> list[str]:
+    """SGLang's flags for servers that wait while another is asked."""
+    return SLEEPING if args.at_once > 1 else []
+
+
 def depends(args, shape: dict, flags: list[str], version: str) -> dict:
     """What all points of a run depend on; each has settings of its own besides (`Point.settings`)."""
     settings = {name: getattr(args, name) for name in ("requests", "tokens", "prompt_tokens", "streams")}
     settings |= {"shape": shape, "flags": flags, "gpu": gpu_name(), "sglang": version}
-    settings["servers that wait"] = "sleep" if args.at_once > 1 else "none"
+    settings["flags of servers that wait"] = waiting(args)
     settings["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith("SGLANG_")}
     return fingerprint({}, settings)
 
@@ -246,7 +251,7 @@ def start(point: Point, args, port: int, flags: list[str], out: Path) -> process
     """One point's server, not started."""
     folder = out / "model"
     environment = point.environment() | (vocabulary(point, folder) if point.extended else {})
-    flags = merged(SLEEPING if args.at_once > 1 else [], flags)
+    flags = merged(waiting(args), flags)
     line, log = command(point, folder, port, flags), out / "logs" / f"{point.name}.log"
     return process.Server(line, port, log, args.wait, environment, stop_patience=2.0)
 

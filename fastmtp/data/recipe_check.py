@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from fastmtp.checkpoint import head_dim
 from fastmtp.cli import InputError
 from fastmtp.data.recipe import HEAD_KEYS
 from fastmtp.engines.sglang import compute_capability
@@ -112,8 +113,7 @@ def takes_flash_attn(recipe: dict) -> bool:
     head = recipe["model_kwargs"]
     if "mtp_flash_attn" in head:
         return head["mtp_flash_attn"]
-    config = read_json(Path(recipe["model"]) / "config.json")
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    width = head_dim(read_json(Path(recipe["model"]) / "config.json"))
     if head.get("mtp_compile") or width not in FLASH_WIDTHS:
         return False
     return compute_capability() == FLASH_CAPABILITY and flash_attn_fault() is None

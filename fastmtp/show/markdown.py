@@ -23,6 +23,13 @@ def interval(bounds: Sequence[float] | None, form: str) -> str:
     return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
 
 
+def spanned(value: float | None, bounds: Sequence[float] | None, form: str) -> str:
+    """`value` and its interval, both in a format such as ".2f"; without what is unknown."""
+    if value is None or bounds is None:
+        return number(value, form)
+    return f"{value:{form}} ({interval(bounds, form)})"
+
+
 def _cell(value: object) -> str:
     """One line, without the sign that ends a cell."""
     return " ".join(str(value).split()).replace("|", "\\|")

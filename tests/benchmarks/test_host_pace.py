@@ -36,7 +36,7 @@ def started(monkeypatch):
 
 
 def arguments(out, *more):
-    short = ["--shape", "tiny", "--points", "plain,3", "--rounds", "2", "--requests", "1", "--tokens", "40"]
+    short = ["--shape", "tiny", "--points", "plain,3", "--rounds", "2", "--requests", "1", "--tokens", "128"]
     return [*short, "--port", str(free_port()), "--out", str(out), *more]
 
 
