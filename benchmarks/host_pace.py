@@ -69,8 +69,7 @@ def report(facts: dict, answers: dict[tuple[str, str], list[dict]], speeds: list
     """The page: a row for each point and state, and how far the processors' speeds are apart."""
     rows = []
     for (name, state), asked in answers.items():
-        low, middle, high = metrics.cycle_ms(asked)
-        rows.append([name, state, len(asked), markdown.spanned(middle, [low, high], ".2f")])
+        rows.append([name, state, len(asked), markdown.around(metrics.cycle_ms(asked), ".2f")])
     rounds = [value for line in speeds for value in line]
     return "\n\n".join(
         [

@@ -110,7 +110,16 @@ def cycle_times(answers: list[dict]) -> list[float]:
 
 def cycle_ms(answers: list[dict]) -> list[float] | None:
     """[10th, 50th, 90th percentile] of `cycle_times`; None if there are none."""
-    times = cycle_times(answers)
+    return _percentiles(cycle_times(answers))
+
+
+def first_ms(answers: list[dict]) -> list[float] | None:
+    """[10th, 50th, 90th percentile] of the milliseconds to the first chunk; None without an answer."""
+    return _percentiles([1000 * turn["first_s"] for turn in turns(answers)])
+
+
+def _percentiles(times: list[float]) -> list[float] | None:
+    """[10th, 50th, 90th percentile]; None of nothing."""
     shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     return torch.tensor(times, dtype=torch.float64).quantile(shares).tolist() if times else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluation import metrics, streams
-from fastmtp.show.markdown import grid, number, spanned
+from fastmtp.show.markdown import around, grid, number, spanned
 
 
 def markdown(report: dict) -> str:
@@ -50,7 +50,6 @@ def _summary(report: dict) -> str:
     rows = []
     for name in report["arms"]:
         cell, spans = report["average"][name], report["average"][name]["intervals"]
-        low, middle, high = report["cycle_ms"][name] or [None] * 3
         drafts = bool(report["cells"][name][report["tasks"][0]]["num_steps"])
         rows.append(
             [
@@ -59,7 +58,7 @@ def _summary(report: dict) -> str:
                 spanned(cell["decode_speedup"], spans.get("decode_speedup"), ".2f") if drafts else "1",
                 spanned(cell["speedup"], spans.get("speedup"), ".2f") if drafts else "1",
                 number(cell["decode_throughput"], ".1f"),
-                spanned(middle, None if low is None else [low, high], ".2f"),
+                around(report["cycle_ms"][name], ".2f"),
                 _rates(report["position_rates"][name]),
             ]
         )
@@ -86,7 +85,13 @@ def _short(cell: dict) -> str:
 
 def _detail_table(report: dict) -> str:
     head = ["arm", "task", "questions", "accept length (95 %)", "tok/s (95 %)", "decode tok/s"]
-    head += ["decode speed-up (95 %)", "speed-up (95 %)", "identical", "accepted at position 1, 2, ..."]
+    head += [
+        "first token, ms (10 to 90 %)",
+        "decode speed-up (95 %)",
+        "speed-up (95 %)",
+        "identical",
+        "accepted at position 1, 2, ...",
+    ]
     rows = [
         _detail(name, report["titles"][task], report["cells"][name][task])
         for name in report["arms"]
@@ -105,6 +110,7 @@ def _detail(name: str, title: str, cell: dict) -> list[str]:
         spanned(cell["accept_length"], spans.get("accept_length"), ".2f") if cell["num_steps"] else "1",
         spanned(cell["throughput"], spans.get("throughput"), ".1f"),
         number(cell["decode_throughput"], ".1f"),
+        around(cell["first_ms"], ".0f"),
         spanned(cell["decode_speedup"], spans.get("decode_speedup"), ".2f"),
         spanned(cell["speedup"], spans.get("speedup"), ".2f"),
         f"{lossless['identical']}/{lossless['questions']}" if lossless else "",

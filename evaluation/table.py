@@ -74,6 +74,7 @@ def _cell(line: dict, answers: dict[tuple[str, str], list[dict]], lines: list[di
         plain = answers.get((baseline, line["task"]))
     keys = ("num_questions", "num_steps", "output_tokens", "throughput", "decode_throughput", "accept_length")
     cell = {key: line[key] for key in (*keys, "speedup", "position_rates", "lossless")}
+    cell["first_ms"] = metrics.first_ms(rows)
     draws = metrics.draws(rows, plain)
     before = metrics.decode_throughput(plain) if plain else None
     now = line["decode_throughput"]
@@ -139,18 +140,21 @@ def unsteady(lines: list[dict], cycles: dict[str, list[float] | None]) -> list[s
     low, _, high = cycles[worst]
     return [
         f"{worst}: a cycle took {low:.1f} to {high:.1f} ms (10th to 90th percentile of the answers). If the "
-        "texts' lengths do not explain it, arms that were not asked in turns (--at-once) cannot be compared."
+        "texts' lengths do not explain it, arms that were not asked in turns (--at-once) cannot be compared. "
+        "A host that is slow at times also delays the first token (below)."
     ]
 
 
 def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
     """Reasons not to believe a number, each a sentence."""
     reasons = []
-    for task, change in drift.items():
-        if abs(change) > DRIFT_LIMIT:
-            reasons.append(
-                f"{task}: the baseline's tokens/s changed by {change:+.1%} from start to end; speeds drifted."
-            )
+    moved = {task: change for task, change in drift.items() if abs(change) > DRIFT_LIMIT}
+    if moved:
+        worst = max(moved, key=lambda task: abs(moved[task]))
+        reasons.append(
+            f"The baseline's tokens/s changed from start to end on {len(moved)} of {len(drift)} tasks, most "
+            f"on {worst} ({moved[worst]:+.1%}): speeds drifted."
+        )
     if not any(line["arm"] == "baseline" for line in lines):
         reasons.append("No baseline in this run: no speed-ups and no losslessness.")
     elif not drift:

@@ -30,6 +30,12 @@ def spanned(value: float | None, bounds: Sequence[float] | None, form: str) -> s
     return f"{value:{form}} ({interval(bounds, form)})"
 
 
+def around(percentiles: Sequence[float] | None, form: str) -> str:
+    """[low, median, high] as the median and the other two around it."""
+    low, middle, high = percentiles or [None] * 3
+    return spanned(middle, percentiles and [low, high], form)
+
+
 def _cell(value: object) -> str:
     """One line, without the sign that ends a cell."""
     return " ".join(str(value).split()).replace("|", "\\|")

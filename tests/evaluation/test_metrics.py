@@ -155,6 +155,10 @@ def test_the_time_of_a_cycle_leaves_out_the_first_chunk_and_short_answers():
     assert metrics.cycle_ms([slow, fast, short]) == pytest.approx([11, 15, 19])
     assert metrics.cycle_ms([answer("p", turn(51, latency=1.1, first=0.1))]) == pytest.approx([20, 20, 20])
     assert metrics.cycle_ms([short]) is None
+    assert metrics.first_ms(
+        [answer(str(ms), turn(1, first=ms / 1000)) for ms in (20, 30, 40)]
+    ) == pytest.approx([22, 30, 38])
+    assert metrics.first_ms([]) is None
 
 
 @pytest.mark.parametrize(

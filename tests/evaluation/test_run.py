@@ -268,9 +268,9 @@ def test_warnings_tell_when_not_to_believe():
         {"arm": "fastmtp:2", "task": "t", "num_questions": 80, "lossless": {}, "config": config}
         | {"output_tokens": 0, "position_rates": None},
     ]
-    text = "\n".join(table.warnings(lines, {"t": -0.05}))
+    text = "\n".join(table.warnings(lines, {"t": -0.05, "u": 0.04, "v": 0.01}))
     for part in (
-        "-5.0%",
+        "on 2 of 3 tasks, most on t (-5.0%)",
         "4 requests in flight",
         "Only 8 questions",
         "baseline's: fastmtp:3 60 of 80, fastmtp:1 61 of 160;",

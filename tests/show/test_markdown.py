@@ -1,6 +1,6 @@
 """Markdown tables."""
 
-from fastmtp.show.markdown import grid, number
+from fastmtp.show.markdown import around, grid, number
 
 
 def test_a_table_with_numbers_to_the_right_and_cells_that_cannot_break_it():
@@ -16,3 +16,8 @@ def test_a_table_with_numbers_to_the_right_and_cells_that_cannot_break_it():
 
 def test_the_unknown_is_a_dash_and_zero_is_zero():
     assert (number(None, ".2f"), number(0.0, ".2f")) == ("-", "0.00")
+
+
+def test_a_median_has_its_percentiles_around_it():
+    assert around([1.0, 2.25, 3.0], ".1f") == "2.2 (1.0 to 3.0)"
+    assert around(None, ".1f") == "-"
