@@ -67,9 +67,10 @@ def ask(servers: dict[tuple[str, str], str], points: list[Point], args) -> dict[
 
 def report(facts: dict, answers: dict[tuple[str, str], list[dict]], speeds: list[list[int]]) -> str:
     """The page: a row for each point and state, and how far the processors' speeds are apart."""
-    rows = []
-    for (name, state), asked in answers.items():
-        rows.append([name, state, len(asked), markdown.around(metrics.cycle_ms(asked), ".2f")])
+    rows = [
+        [name, state, len(asked), markdown.around(metrics.cycle_ms(asked), ".2f")]
+        for (name, state), asked in answers.items()
+    ]
     rounds = [value for line in speeds for value in line]
     return "\n\n".join(
         [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evaluation import cards, metrics
 from evaluation.plan import REPEAT
+from fastmtp.engines.sglang_flags import SLEEPING
 
 DRIFT_LIMIT = 0.03  # a baseline that changed by more makes speed-ups of that size meaningless
 PACE_LIMIT = 1.5  # 90th over 10th percentile of an arm's milliseconds per cycle
@@ -160,7 +161,7 @@ def warnings(lines: list[dict], drift: dict[str, float]) -> list[str]:
     elif not drift:
         reasons.append("The baseline was not repeated: drift is unknown.")
     config = lines[0]["config"]
-    if "--sleep-on-idle" in config["fingerprint"]:
+    if config["fingerprint"].keys() >= set(SLEEPING):
         reasons.append(
             "The servers slept while they waited (--sleep-on-idle, which --at-once adds), after which a "
             "small model may draft more slowly: compare the arms with each other, but take speed-ups over "

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastmtp import hub
+from fastmtp.budget.shapes import head_dim
 from fastmtp.cli import InputError
 from fastmtp.fingerprint import CACHE
 from fastmtp.formats.weights import DTYPES, INDEX, Entry, check_finite, headers, read_tensors, weight_files
@@ -60,11 +61,6 @@ FICLONE = 0x40049409  # <linux/fs.h>
 ENGINE_TYPES = ("qwen2", "llama")  # qwen2: transformers rebuilds the tokenizer
 SKIP = {"config.json", INDEX, "run.json", CACHE}  # not copied: written anew for each folder
 LEFT_OUT = (".safetensors", ".py", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
-
-
-def head_dim(config: dict) -> int:
-    """Numbers per attention head of a config.json that may leave it to be derived."""
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def expected_shapes(config: dict, where: str | Path) -> dict[str, tuple[int, ...]]:

@@ -58,7 +58,7 @@ def shape_of(model: str) -> dict:
         shape[key] = config.get(key)
     heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
     if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:  # what configs may leave out
-        shape["head_dim"] = shape["head_dim"] or hidden // heads
+        shape["head_dim"] = head_dim(shape)
         shape["num_key_value_heads"] = shape["num_key_value_heads"] or heads
     for key in list(shape)[:7]:  # the sizes, which everything is counted from
         if type(shape[key]) is not int or shape[key] < 1:
@@ -107,7 +107,17 @@ def draft_bytes(shape: dict, head_rows: int) -> int:
 
 def context_bytes(shape: dict) -> int:
     """Keys and values of one token in one layer."""
-    return BYTES * 2 * shape["num_key_value_heads"] * shape["head_dim"]
+    return BYTES * cache_numbers(shape)
+
+
+def cache_numbers(config: dict) -> int:
+    """Numbers in the keys and values of one token in one layer."""
+    return 2 * config["num_key_value_heads"] * head_dim(config)
+
+
+def head_dim(config: dict) -> int:
+    """Width of an attention head; a config.json may leave it to be derived."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def cycle_bytes(shape: dict, num_steps: int, head_rows: int, context: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastmtp.checkpoint import head_dim
+from fastmtp.budget.shapes import cache_numbers
 from fastmtp.cli import InputError
 from fastmtp.engines.process import Server, free_ports, together
 from fastmtp.engines.request import Serving
@@ -90,8 +90,7 @@ def cache_tokens(model: str, requests: int, width: int, share: float) -> int:
     Raises InputError where next to none do.
     """
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    numbers = config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim(config)
-    a_token = 2 * numbers * width  # keys and values
+    a_token = config["num_hidden_layers"] * cache_numbers(config) * width
     weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     room = int((share - weights - 2e9) // a_token)  # 2e9: CUDA context, graphs, logits
     if room < 8192:

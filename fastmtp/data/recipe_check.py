@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from fastmtp.checkpoint import head_dim
+from fastmtp.budget.shapes import head_dim
 from fastmtp.cli import InputError
 from fastmtp.data.recipe import HEAD_KEYS
 from fastmtp.engines.sglang import compute_capability

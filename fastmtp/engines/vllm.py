@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastmtp.checkpoint import head_dim, is_post_norm
+from fastmtp.budget.shapes import cache_numbers
+from fastmtp.checkpoint import is_post_norm
 from fastmtp.cli import InputError
 from fastmtp.engines.address import check_host, check_port
 from fastmtp.engines.request import Serving
@@ -180,9 +181,7 @@ def environment(engine: Engine | None, model: str, tp: int = 1) -> dict[str, str
 def cache_gib(config: dict) -> int:
     """GiB of key/value cache for one answer of the model's full length, drafts' layer included."""
     layers = config["num_hidden_layers"] + 1
-    per_token = (
-        2 * layers * config["num_key_value_heads"] * head_dim(config) * 4
-    )  # keys and values, float32 at most
+    per_token = layers * cache_numbers(config) * 4  # bytes, float32 at most
     return 1 + per_token * config["max_position_embeddings"] // 2**30
 
 
